@@ -1,0 +1,112 @@
+"""The command line: `python run.py …` and `stillhouse …`; imports nothing heavy at module level.
+
+`hydra.main` composes the config and hands it to the job that it names. Everything that can go wrong
+on the way is caught outside of it and told in one line (exit code 2) where the user can mend it;
+what is our own fault keeps its traceback (exit code 1).
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stillhouse.config import arguments
+
+INTERRUPTED = 130
+
+
+def config_folder() -> Path:
+    """Return the absolute folder of the config groups: the packaged one, else the checkout's."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 2 something to mend, 1 a fault of ours."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line `argv` and return the exit code."""
+    users_own = os.environ.get("HYDRA_FULL_ERROR")
+    outcomes: list[arguments.Outcome] = []
+    try:
+        if arguments.wants_help(argv):
+            print(arguments.help_text(config_folder()))
+            return 0
+        from stillhouse.config import preflight
+
+        argv = preflight.prepare(argv, config_folder())
+        if arguments.wants_config(argv):
+            print(preflight.shown_config(argv, config_folder()), end="")
+            return 0
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        _hydra(argv, outcomes)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        from stillhouse.config import messages
+
+        line = messages.one_line(error, argv, config_folder())
+        if line is None or users_own == "1":
+            traceback.print_exc()
+        if line is not None and not outcomes:
+            print(f"error: {line}", file=sys.stderr)
+        if not outcomes:
+            return 1 if line is None else 2
+    if any(o.error for o in outcomes):
+        arguments.print_ledger(outcomes)
+        return 2
+    return 0
+
+
+def _hydra(argv: list[str], outcomes: list[arguments.Outcome]) -> None:
+    import hydra
+    from omegaconf import DictConfig
+
+    from stillhouse.config import messages
+
+    def job(config: DictConfig) -> Any:
+        return run_job(config, outcomes)
+
+    decorated = hydra.main(
+        version_base="1.3", config_path=str(config_folder()), config_name="run"
+    )(job)
+    argv_before, sys.argv = sys.argv, [sys.argv[0], *argv]
+    stderr_before, sys.stderr = sys.stderr, messages.WithoutHydrasOwn(sys.stderr)
+    try:
+        decorated()
+    finally:
+        sys.argv, sys.stderr = argv_before, stderr_before
+
+
+def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
+    """Run one composed job: the `_target_` of the primary config.
+
+    In a sweep, failures are collected in `outcomes` so that the other jobs go on.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import get_method
+
+    from stillhouse.config import messages, preflight
+
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    job = get_method(config._target_)
+    if hydra_config.mode.name != "MULTIRUN":
+        return job(config, folder)
+    outcome = arguments.Outcome(str(hydra_config.job.num), hydra_config.job.override_dirname)
+    try:
+        preflight.refuse_several_devices(config)
+        job(config, folder)
+    except Exception as error:
+        line = messages.one_line(error, [], config_folder())
+        if line is None:
+            traceback.print_exc()
+        outcome.error = line or f"{type(error).__name__}: {error}"
+        print(f"job {outcome.number} failed: {outcome.error}", file=sys.stderr)
+    finally:
+        outcomes.append(outcome)
+    return None

@@ -1,0 +1,121 @@
+"""What the command line says before Hydra reads it: help, and the ledger of a sweep's jobs."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+USAGE = """\
+Stillhouse: small fast models from large slow ones.
+
+  python run.py                                     the default recipe (word_kd)
+  python run.py experiment=<recipe> key=value …     another recipe, other values
+  python run.py -m seed=0,1,2 method.temperature=1,2
+                                                    a sweep, a run for every combination
+  python run.py plan=true                           what is cached and what would run
+  python run.py stop_after=<stage>                  only the first stages
+  python run.py force=<stage>                       a finished stage once more
+  python run.py resume=<run directory>              go on with a killed run
+  python run.py debug=tiny                          the recipe in seconds (also: fast, overfit)
+  python run.py --cfg job --resolve                 the config that would run
+  python run.py --config-name compare 'runs=[outputs/word_kd/*]' baseline=student_alone
+                                                    a table over runs, curves, pictures
+
+Recipes:
+"""
+AFTER = """
+Groups (key=option): {groups}
+Hydra's own options: --hydra-help
+"""
+
+
+@dataclass
+class Outcome:
+    """How a job of a sweep ended.
+
+    Attributes:
+        number: of the job in its sweep.
+        overrides: what sets it apart.
+        error: one line, or None.
+    """
+
+    number: str
+    overrides: str
+    error: str | None = None
+
+
+def wants_help(argv: list[str]) -> bool:
+    """Whether the command line asks for help."""
+    return "--help" in argv or "-h" in argv
+
+
+def wants_config(argv: list[str]) -> bool:
+    """Whether the command line asks to see the job's config."""
+    return option(argv, "--cfg", "-c") == "job"
+
+
+def option(argv: list[str], *names: str) -> str | None:
+    """Return the value of an option, `--name value` or `--name=value`; None when it is not set."""
+    for index, argument in enumerate(argv):
+        if argument in names and index + 1 < len(argv):
+            return argv[index + 1]
+        for name in names:
+            if argument.startswith(f"{name}="):
+                return argument.partition("=")[2]
+    return None
+
+
+def overrides_of(argv: list[str]) -> list[str]:
+    """Return the `key=value` arguments; those of Hydra's own options are left out."""
+    found: list[str] = []
+    takes_value = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp"}
+    takes_value |= {"--config-dir", "-cd", "--info", "-i"}
+    skip = False
+    for argument in argv:
+        if skip or argument in takes_value:
+            skip = not skip and argument in takes_value
+        elif not argument.startswith("-"):
+            found.append(argument)
+    return found
+
+
+def recipes(conf: Path) -> dict[str, tuple[str, str]]:
+    """Return name -> (summary, duration) of every recipe."""
+    found = {}
+    for path in sorted((conf / "experiment").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        found[path.stem] = (content.get("summary", ""), content.get("duration", ""))
+    return found
+
+
+def groups(conf: Path) -> dict[str, list[str]]:
+    """Return group -> options."""
+    return {
+        folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
+        for folder in sorted(conf.iterdir())
+        if folder.is_dir()
+    }
+
+
+def help_text(conf: Path) -> str:
+    """Return what `--help` prints."""
+    known = recipes(conf)
+    width = max(len(name) for name in known)
+    lines = [f"  {name:<{width}}  {summary}  ({time})" for name, (summary, time) in known.items()]
+    shown = "\n" + "\n".join(
+        f"  {group}: {', '.join(options)}"
+        for group, options in groups(conf).items()
+        if group not in ("experiment", "stage")
+    )
+    return USAGE + "\n".join(lines) + "\n" + AFTER.format(groups=shown)
+
+
+def print_ledger(outcomes: list[Outcome]) -> None:
+    """Say which jobs of a sweep failed, and why."""
+    failed = [o for o in outcomes if o.error]
+    print(f"error: {len(failed)} of {len(outcomes)} jobs failed:", file=sys.stderr)
+    for outcome in failed:
+        print(f"  job {outcome.number} ({outcome.overrides}): {outcome.error}", file=sys.stderr)
+    print("run the same command with hydra.sweep.dir=<the sweep's folder> to run only these again",
+          file=sys.stderr)

@@ -1,0 +1,99 @@
+"""One line for what Hydra, OmegaConf or a stage found wrong, with the nearest valid names."""
+
+import re
+from pathlib import Path
+from typing import Any, TextIO
+
+from stillhouse.config.arguments import groups, option, overrides_of
+from stillhouse.errors import UserError, did_you_mean
+
+
+def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
+    """Return the line to print for an error that the user can mend; None for a fault of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    from hydra.errors import HydraException
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    cause: Any = error
+    while cause.__cause__ is not None and not isinstance(cause, MissingConfigException):
+        cause = cause.__cause__
+    if isinstance(cause, UserError):
+        return " ".join(str(cause).split())
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error, conf)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    key = getattr(cause, "full_key", None) or _named_key(str(error))
+    text = " ".join(str(cause).split(" full_key:")[0].split("\n")[0].split())
+    if "is not in struct" in text or "not in struct" in str(error) or "not in '" in text:
+        return _unknown_key(key or "", argv, conf)
+    if "Could not override" in str(error) and "No match in the defaults list" in str(error):
+        return _unknown_group(str(error), conf)
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _missing_option(error: Any, conf: Path) -> str:
+    """Tell an option that a group does not have, or a job that does not exist."""
+    name = str(error.missing_cfg_file or "")
+    group, _, choice = name.rpartition("/")
+    options = list(error.options or groups(conf).get(group, []))
+    if not group:
+        options = sorted(p.stem for p in conf.glob("*.yaml"))
+        return (
+            f"--config-name {choice}: there is no such job; expected {', '.join(options)}"
+            f"{did_you_mean(choice, options)}"
+        )
+    return (
+        f"{group}={choice}: the group {group} has no such option; expected {', '.join(options)}"
+        f"{did_you_mean(choice, options)}"
+    )
+
+
+def _unknown_group(text: str, conf: Path) -> str:
+    found = re.search(r"override '([^']+)'", text)
+    name = found.group(1).split("@")[0] if found else ""
+    known = list(groups(conf))
+    return (
+        f"{name}: there is no group of that name; expected {', '.join(known)}"
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def _unknown_key(key: str, argv: list[str], conf: Path) -> str:
+    """Tell a key that the config does not have, with the places where its name stands."""
+    from stillhouse.config.preflight import compose_job, nearest_keys
+
+    overrides = overrides_of(argv)
+    own = next((o for o in overrides if o.lstrip("+~").partition("=")[0].endswith(key)), None)
+    key = own.lstrip("+~").partition("=")[0] if own else key
+    choices = [o for o in overrides if o.partition("=")[0] in groups(conf)]
+    job = option(argv, "--config-name", "-cn") or "run"
+    try:
+        near = nearest_keys(compose_job([c for c in choices if "," not in c], conf, job), key)
+    except Exception:  # the names are a help; without them the line still says what is wrong
+        near = []
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"{key}: the config has no such key{hint}"
+
+
+def _named_key(text: str) -> str | None:
+    found = re.search(r"(?:full_key:|Key|Could not override) '?([\w.@/]+)'?", text)
+    return found.group(1) if found else None
+
+
+class WithoutHydrasOwn:
+    """A stream that leaves out Hydra's "Error executing job" line: we tell the error ourselves."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, save Hydra's line."""
+        if text.startswith("Error executing job with overrides"):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

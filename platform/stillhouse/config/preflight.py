@@ -1,0 +1,186 @@
+"""What is looked at before `hydra.main` begins, which would already write to the run directory."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from stillhouse.config import overlay
+from stillhouse.config.arguments import option, overrides_of
+from stillhouse.errors import UserError
+from stillhouse.schema import register_schemas
+from stillhouse.stages.workspace import register_resolvers
+
+
+def prepare(argv: list[str], conf: Path) -> list[str]:
+    """Register what Hydra must know; check `resume`, `plan` and misplaced keys; return the argv.
+
+    Raises:
+        UserError: for a resume directory that is none or whose config differs, and for a key that
+            was tried at a place that only interpolates it.
+    """
+    register_schemas()
+    register_resolvers()
+    # Tokenizers' threads and forked loader workers do not mix; this silences their warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if option(argv, "--config-name", "-cn") not in (None, "run"):
+        return argv
+    overrides = overrides_of(argv)
+    values = dict(o.split("=", 1) for o in overrides if "=" in o)
+    if "resume" in values:
+        argv = _resume(Path(values["resume"]), argv, overrides, conf)
+    elif values.get("plan", "").lower() == "true":
+        argv = [*argv, "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+    if any(o.startswith(("stages.", "+stages.")) for o in overrides):
+        _refuse_interpolated_keys(overrides, conf)
+    return argv
+
+
+def compose_job(overrides: list[str], conf: Path, config_name: str = "run") -> DictConfig:
+    """Compose a job's config as Hydra would, with the debug overlay laid over it."""
+    with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+        config = compose(config_name, overrides=overrides)
+    if "debug" in config:
+        overlay.apply(config, {o.lstrip("+~").partition("=")[0] for o in overrides})
+    return config
+
+
+def shown_config(argv: list[str], conf: Path) -> str:
+    """Return what `--cfg job` prints, `--resolve` and `--package` honoured."""
+    name = option(argv, "--config-name", "-cn") or "run"
+    config: Any = compose_job(overrides_of(argv), conf, name)
+    package = option(argv, "--package", "-p")
+    if package:
+        config = OmegaConf.select(config, package)
+        if config is None:
+            raise UserError(f"--package {package}: the config has no such key")
+    return OmegaConf.to_yaml(config, resolve="--resolve" in argv)
+
+
+def refuse_several_devices(config: DictConfig) -> None:
+    """Refuse a sweep in this process tree whose jobs take more than one device.
+
+    Raises:
+        UserError: with the way out.
+    """
+    trainer = config.get("trainer")
+    if trainer is None:
+        return
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes", 1)
+    count = len(devices) if isinstance(devices, list | ListConfig) else devices
+    if str(count) not in ("1", "None") or nodes > 1:
+        raise UserError(
+            f"trainer.devices={devices} with -m: every device would start the whole sweep again; "
+            "give each job a process of its own with a launcher (hydra/launcher=…), or loop over "
+            "single runs in the shell"
+        )
+
+
+def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> list[str]:
+    """Check that `folder` is a run of the same config; return the argv that goes on in it."""
+    from stillhouse.files import CONFIG
+    from stillhouse.tracking.runs import essence
+
+    saved_file, kept_file = folder / CONFIG, folder / ".hydra" / "overrides.yaml"
+    if not saved_file.is_file() or not kept_file.is_file():
+        what = "is no run directory" if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"resume={folder}: the folder {what}; expected one that a run wrote, with {CONFIG} and "
+            ".hydra/ in it, such as outputs/<recipe>/<time>"
+        )
+    rest = [o for o in overrides if not o.startswith("resume=")]
+    if not rest:
+        kept = [o for o in OmegaConf.load(kept_file) if not o.startswith("resume=")]
+        argv, rest = [*argv, *kept], kept
+    now = essence(compose_job([o for o in rest if not o.startswith("hydra.")], conf))
+    saved = OmegaConf.load(saved_file)
+    assert isinstance(saved, DictConfig)
+    differences = _differences(essence(saved), now)
+    if differences:
+        raise UserError(
+            f"resume={folder}: its config differs from this command's ({len(differences)} keys, "
+            f"then -> now): {'; '.join(differences[:8])}; give the same keys, or start a new run"
+        )
+    return [*argv, f"hydra.run.dir={folder}"]
+
+
+def _differences(then: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted(then.keys() | now.keys(), key=str):
+            below = f"{path}.{key}" if path else str(key)
+            found += _differences(then.get(key, "(none)"), now.get(key, "(none)"), below)
+        # A root group and the stages that interpolate it differ in the same way: say it once.
+        return [d for d in found if not (d.startswith("stages.") and _said(d, found))]
+    return [] if then == now else [f"{path}: {then} -> {now}"]
+
+
+def _said(difference: str, differences: list[str]) -> bool:
+    tail = difference.split(".", 2)[2] if difference.count(".") > 1 else difference
+    return tail in differences
+
+
+def _refuse_interpolated_keys(overrides: list[str], conf: Path) -> None:
+    """Refuse a key below a node of a stage that only repeats a root group.
+
+    Hydra would follow the interpolation and change the root group for every stage that uses it.
+    """
+    recipe = [o for o in overrides if "." not in o.partition("=")[0] and "=" in o]
+    try:
+        config = compose_job([o for o in recipe if not _is_sweep(o)], conf)
+    except Exception:  # Hydra composes the same again and its error is told from there
+        return
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        parts = key.split(".")
+        for depth in range(3, len(parts)):
+            parent = OmegaConf.select(config, ".".join(parts[: depth - 1]))
+            if not isinstance(parent, DictConfig) or parts[depth - 1] not in parent:
+                break
+            if OmegaConf.is_interpolation(parent, parts[depth - 1]):
+                raw = OmegaConf.to_container(parent, resolve=False)[parts[depth - 1]]  # type: ignore[index, call-overload]
+                root = ".".join([str(raw).strip("${}"), *parts[depth:]])
+                raise UserError(
+                    f"{key}: {'.'.join(parts[:depth])} is {raw}, the recipe's main value; "
+                    f"set {root}={value}"
+                )
+
+
+def _is_sweep(override: str) -> bool:
+    return "," in override.partition("=")[2] and override.partition("=")[0] != "force"
+
+
+def nearest_keys(config: DictConfig, key: str) -> list[str]:
+    """Return dotted keys of a config that a mistyped or misplaced key may have meant.
+
+    First the names next to the place where the key breaks off, then the same name elsewhere.
+    """
+    parts = key.split(".")
+    node: Any = config
+    for depth, part in enumerate(parts):
+        if isinstance(node, DictConfig) and part in node and depth < len(parts) - 1:
+            node = node[part]
+            continue
+        siblings = [str(k) for k in node] if isinstance(node, DictConfig) else []
+        near = difflib.get_close_matches(part, siblings, n=2, cutoff=0.7)
+        beside = [".".join([*parts[:depth], n, *parts[depth + 1 :]]) for n in near]
+        leaves = list(_leaves(config))
+        beside = [b for b in beside if OmegaConf.select(config, b) is not None]
+        same_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == parts[-1]]
+        same_tail = [leaf for leaf in same_name if leaf.endswith(".".join(parts[-2:]))]
+        return [*beside, *(same_tail or same_name)][:3]
+    return []
+
+
+def _leaves(node: Any, prefix: str = "") -> Any:
+    if isinstance(node, DictConfig):
+        for key in node:
+            below = f"{prefix}{key}"
+            if OmegaConf.is_interpolation(node, str(key)) or OmegaConf.is_missing(node, key):
+                yield below
+            else:
+                yield below
+                yield from _leaves(node[key], f"{below}.")

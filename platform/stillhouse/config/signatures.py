@@ -1,0 +1,174 @@
+"""Signatures are the schema: every `_target_` of a recipe is bound before the first stage runs.
+
+By house rule a target's keyword-only parameters are its config and its positional ones are live
+objects that the caller hands over, so a YAML file names keywords only.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Union
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from stillhouse.errors import UserError, did_you_mean
+from stillhouse.stages.workspace import RUNNER_KEYS
+
+CONTROL_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
+
+
+def check(config: DictConfig, stages: list[str]) -> None:
+    """Bind every `_target_` of the stages and the root groups to its signature.
+
+    Raises:
+        UserError: for a key that the target does not take, a value of another type, a value that
+            is still missing, or a target that cannot be found.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
+    for path, node in nodes_with_targets(config, stages):
+        check_node(path, node)
+
+
+def nodes_with_targets(config: DictConfig, stages: list[str]) -> Iterator[tuple[str, DictConfig]]:
+    """Yield (dotted path, node) of every node with a `_target_`, at the place that decides it.
+
+    What a stage interpolates from a root group is yielded under the root group's name.
+    """
+    seen: set[str] = set()
+    roots = [f"stages.{stage}" for stage in stages] + ["tracking"]
+    for root in roots:
+        for path, node in _walk(config, root):
+            if path not in seen:
+                seen.add(path)
+                yield path, node
+
+
+def _walk(config: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
+    parent, _, key = path.rpartition(".")
+    holder = OmegaConf.select(config, parent) if parent else config
+    raw = OmegaConf.to_container(holder, resolve=False)[key]  # type: ignore[index, call-overload]
+    if isinstance(raw, str) and raw.startswith("${") and raw.endswith("}"):
+        inner = raw[2:-1]
+        if ":" not in inner and not inner.startswith("."):
+            yield from _walk(config, inner)
+        return
+    node = holder[key]
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for child in node:
+            yield from _walk(config, f"{path}.{child}")
+
+
+def check_node(path: str, node: DictConfig) -> None:
+    """Bind one node to the signature of its `_target_`."""
+    target = locate(path, str(node._target_))
+    name = str(node._target_).rpartition(".")[2]
+    parameters = keywords_of(target)
+    given = [str(k) for k in node if k not in CONTROL_KEYS]
+    if parameters is None:
+        return
+    if path.startswith("stages.") and path.count(".") == 1:
+        given = [k for k in given if k not in RUNNER_KEYS]
+    for key in given:
+        if key not in parameters:
+            raise UserError(
+                f"{path}.{key}: {name} takes no {key!r}; it takes {', '.join(parameters)}"
+                f"{did_you_mean(key, parameters)}"
+            )
+    for key, parameter in parameters.items():
+        if key not in given and parameter.default is parameter.empty:
+            raise UserError(f"{path}: {name} needs a value for {key!r}; set {path}.{key}=<value>")
+    hints = _type_hints(target)
+    for key in given:
+        value = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
+        interpolated = isinstance(value, str) and "${" in value
+        if key in hints and not interpolated and not fits(value, hints[key]):
+            raise UserError(
+                f"{path}.{key}={value}: expected {_say(hints[key])}, got {type(value).__name__}"
+            )
+
+
+def locate(path: str, target: str) -> Callable[..., Any]:
+    """Return the object that a `_target_` names.
+
+    Raises:
+        UserError: when it cannot be imported.
+    """
+    try:
+        return get_object(target)
+    except Exception as error:
+        raise UserError(f"{path}._target_={target}: {_root_cause(error)}") from error
+
+
+def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """Return the parameters that a YAML node may name; None when the target takes any.
+
+    A target of this project names its keyword-only parameters; of another library, all.
+    """
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except ValueError:
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    ours = getattr(target, "__module__", "").startswith("stillhouse")
+    kinds = (inspect.Parameter.KEYWORD_ONLY,)
+    if not ours:
+        return {p.name: p.replace(default=None) for p in parameters}
+    return {p.name: p for p in parameters if p.kind in kinds}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value can stand where a parameter's annotation is `hint`.
+
+    Only plain types are judged; whatever the check does not know passes.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(value, dict):
+        return True
+    if origin in (Union, types.UnionType):
+        return any(fits(value, a) for a in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple) or hint in (list, tuple):
+        return isinstance(value, list)
+    if origin is dict or hint is dict:
+        return False
+    return True
+
+
+def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    subject = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(subject)
+    except Exception:  # a library's hints may name what is not installed: then its types go unread
+        return {}
+
+
+def _say(hint: Any) -> str:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_say(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(a) for a in typing.get_args(hint))
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Data: Lightning data modules, and the sources behind them."""

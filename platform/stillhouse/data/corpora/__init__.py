@@ -1,0 +1,1 @@
+"""Corpora: functions that return a `Corpus`, named by a data node's `corpus._target_`."""

@@ -1,0 +1,169 @@
+"""Text as a LightningDataModule: a corpus, a tokenizer, windows, batches."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stillhouse.data.corpora.corpus import Corpus, Split
+from stillhouse.data.stream import BatchStream
+from stillhouse.data.windows import TokenWindows, collate_windows
+from stillhouse.errors import UserError
+from stillhouse.records.language import SequenceBatch
+
+
+class LanguageData(pl.LightningDataModule):
+    """Batches of a corpus for language models.
+
+    Training batches are a `BatchStream`; validation and test batches follow the text, cover every
+    token once and are padded at the end.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        corpus: dict[str, Any],
+        tokenizer_path: str,
+        sequence_length: int,
+        batch_size: int,
+        evaluation_batch_size: int,
+        packing: bool = True,
+        shift_windows: bool = False,
+        max_train_documents: int | None = None,
+        max_evaluation_windows: int | None = None,
+        distinct_train_batches: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Describe the data; nothing is read before it is asked for.
+
+        Args:
+            seed: of order and shifts.
+            corpus: node of a function that returns a `Corpus`.
+            tokenizer_path: folder or hub id of a tokenizer.
+            sequence_length: T, tokens a window.
+            batch_size: windows a training batch and device.
+            evaluation_batch_size: windows a validation or test batch.
+            packing: whether windows run across documents.
+            shift_windows: whether training windows start at random offsets.
+            max_train_documents: train on the first n documents only; null takes all.
+            max_evaluation_windows: validate and test on n windows, spread evenly; null takes all.
+            distinct_train_batches: train on n batches over and over; null takes all.
+            num_workers, pin_memory: as in `torch.utils.data.DataLoader`.
+        """
+        super().__init__()
+        self.seed = seed
+        self.corpus_node = corpus
+        self.tokenizer_path = tokenizer_path
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.packing = packing
+        self.shift_windows = shift_windows
+        self.max_train_documents = max_train_documents
+        self.max_evaluation_windows = max_evaluation_windows
+        self.distinct_train_batches = distinct_train_batches
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self._windows: dict[Split, TokenWindows] = {}
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The documents, by split."""
+        return instantiate(self.corpus_node)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            UserError: when there is none, or it has no end token.
+        """
+        path = self.tokenizer_path
+        if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+            raise UserError(f"data.tokenizer_path={path}: the folder holds no tokenizer")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"data.tokenizer_path={path} cannot be loaded: {reason}") from error
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"data.tokenizer_path={path}: the tokenizer has no end token")
+        return tokenizer
+
+    @property
+    def pad_token(self) -> int:
+        """Id that fills padded positions; the end token where the tokenizer has no pad token."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
+
+    def windows(self, split: Split) -> TokenWindows:
+        """Return the windows of a split, tokenised once."""
+        if split not in self._windows:
+            documents = self.documents(split)
+            training = split == "train"
+            encoded = self.tokenizer(documents, add_special_tokens=False, verbose=False)
+            self._windows[split] = TokenWindows(
+                encoded["input_ids"],
+                length=self.sequence_length,
+                end_token=int(self.tokenizer.eos_token_id),  # type: ignore[arg-type]
+                packing=self.packing or not training,
+                shift_windows=self.shift_windows and training,
+            )
+        return self._windows[split]
+
+    def documents(self, split: Split) -> list[str]:
+        """Return the documents of a split that are used."""
+        documents = self.corpus.documents(split)
+        return documents[: self.max_train_documents] if split == "train" else documents
+
+    def train_dataloader(self) -> BatchStream:
+        """Return the stream of the whole training; Lightning's trainer says how long it is."""
+        trainer = self.trainer
+        assert trainer is not None
+        windows = self.windows("train")
+        if self.distinct_train_batches is not None:
+            windows.spans = windows.spans[: self.distinct_train_batches * self.batch_size]
+        return BatchStream(
+            windows,
+            batch_size=self.batch_size,
+            num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            seed=self.seed,
+            collate=partial(collate_windows, pad_token=self.pad_token),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def val_dataloader(self) -> "KeptBatches":
+        """Return the validation batches."""
+        return KeptBatches(list(self.evaluation_batches("validation")))
+
+    def evaluation_batches(self, split: Split) -> Iterator[SequenceBatch]:
+        """Yield the batches of a split in the order of the text."""
+        windows = self.windows(split).in_order()
+        if self.max_evaluation_windows is not None and len(windows) > self.max_evaluation_windows:
+            stride = len(windows) / self.max_evaluation_windows
+            windows = [windows[int(i * stride)] for i in range(self.max_evaluation_windows)]
+        size = self.evaluation_batch_size
+        for start in range(0, len(windows), size):
+            yield collate_windows(windows[start : start + size], pad_token=self.pad_token)
+
+
+class KeptBatches:
+    """Batches kept in memory, as a loader: Lightning takes a bare list for several loaders."""
+
+    def __init__(self, batches: Sequence[SequenceBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        return iter(self.batches)

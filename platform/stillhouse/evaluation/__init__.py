@@ -1,0 +1,1 @@
+"""Metrics and evaluators: pure functions over models and data."""

@@ -1,0 +1,89 @@
+"""The evaluation of language models, as `conf/evaluation/language.yaml` names it."""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoTokenizer
+
+from stillhouse.data.language import LanguageData
+from stillhouse.evaluation.language import held_out_quality
+from stillhouse.evaluation.samples import continuations
+from stillhouse.evaluation.speed import size_and_speed
+from stillhouse.students.causal_lm import load_causal_lm
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluator returns.
+
+    Attributes:
+        models: role -> metric -> number.
+        samples: rows of (role, prompt, continuation).
+    """
+
+    models: Mapping[str, Mapping[str, float | int]]
+    samples: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def language_models(
+    models: Mapping[str, str],
+    data: LanguageData,
+    *,
+    reference: str | None,
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    speed_context: int,
+    speed_new_tokens: int,
+    speed_repeats: int,
+    dtype: str,
+) -> Evaluated:
+    """Evaluate every model on the test split of the data.
+
+    Args:
+        models: role -> path of its model.
+        data: the held-out text; its tokenizer serves the metrics, each model's own the samples.
+        reference: role of the teacher that the others are compared with; null has none.
+        prompts: texts to go on from.
+        max_new_tokens: length of a continuation.
+        temperature: of the continuations; 0 takes the likeliest token.
+        seed: of the continuations.
+        speed_context, speed_new_tokens, speed_repeats: how speed is measured.
+        dtype: torch dtype of the weights while evaluating.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load(role: str):  # type: ignore[no-untyped-def]
+        model = load_causal_lm(
+            models[role], dtype=dtype, attn_implementation="sdpa", key=f"models.{role}"
+        )
+        return model.to(device).eval()
+
+    batches = [batch.to(device) for batch in data.evaluation_batches("test")]
+    whole = data.max_evaluation_windows is None
+    text_bytes = sum(len(d.encode()) for d in data.documents("test")) if whole else None
+    teacher = load(reference) if reference is not None else None
+    numbers: dict[str, Mapping[str, float | int]] = {}
+    samples: list[tuple[str, str, str]] = []
+    for role, path in models.items():
+        model = load(role)
+        quality = held_out_quality(model, teacher, batches, text_bytes=text_bytes)
+        speed = size_and_speed(
+            model, context=speed_context, new_tokens=speed_new_tokens, repeats=speed_repeats
+        )
+        numbers[role] = {**quality, **speed}
+        texts = continuations(
+            model,
+            AutoTokenizer.from_pretrained(path),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        samples += [(role, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        del model
+        gc.collect()
+    return Evaluated(models=numbers, samples=samples)

@@ -1,0 +1,134 @@
+"""The base of every family: networks, optimiser, checkpoint contents and the guard against NaN.
+
+What is common to all families is here once; the order of a training step is the family's own.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from stillhouse.errors import TrainingDiverged
+
+OptimizerBuilder = Callable[[nn.Module, int], OptimizerLRScheduler]
+
+
+class Distiller(pl.LightningModule):
+    """Owns a student that learns, a frozen teacher or none, and how they are kept.
+
+    The teacher's tensors are in no optimiser and in no checkpoint: they are found by identity, so
+    a student may carry a part of its teacher without confusing the two. A checkpoint also holds
+    the state of every random generator, restored when training starts.
+
+    Attributes:
+        unit: what `units_seen` counts and the progress bar shows per second.
+        units_seen: how much the student was trained on so far.
+    """
+
+    unit = "samples"
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: Callable[..., Any],
+        optimizer: OptimizerBuilder,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.method = method
+        self.units_seen = 0
+        self._optimizer = optimizer
+        self._generators: dict[str, Any] | None = None
+        # The teacher is not in the checkpoint, so a strict load would miss it.
+        self.strict_loading = False
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser over the student's trainable parameters."""
+        return self._optimizer(self.student, self.trainer.max_steps)
+
+    def export(self, folder: Path, data: pl.LightningDataModule) -> None:
+        """Write the student to `folder` as an ordinary model of its library."""
+        raise NotImplementedError
+
+    def summary(self) -> Mapping[str, float | int]:
+        """Return the final metrics of the stage, units in the names."""
+        finals = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+        return {"steps": self.trainer.global_step, f"{self.unit}_seen": self.units_seen, **finals}
+
+    def stop_if_not_finite(self, loss: Tensor, batch_index: int) -> None:
+        """Stop before a loss that is NaN or infinite reaches the parameters.
+
+        Raises:
+            TrainingDiverged: naming the step and the batch.
+        """
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss.item()} at step {self.global_step}, batch {batch_index}; "
+                "the last good checkpoint is kept; lower optimizer.learning_rate, or clip with "
+                "trainer.gradient_clip_val"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out, add the generators' states, refuse to keep NaN."""
+        frozen = set() if self.teacher is None else {id(t) for t in tensors_of(self.teacher)}
+        for name, tensor in self._named_tensors():
+            if id(tensor) in frozen:
+                checkpoint["state_dict"].pop(name, None)
+            elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise TrainingDiverged(
+                    f"{name} is not finite any more at step {self.global_step}; the checkpoint "
+                    "before it is kept; lower optimizer.learning_rate"
+                )
+        checkpoint["generators"] = generator_states()
+        checkpoint["units_seen"] = self.units_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the counters; the generators wait until training starts."""
+        self._generators = checkpoint["generators"]
+        self.units_seen = checkpoint["units_seen"]
+
+    def on_train_start(self) -> None:
+        """Restore the generators last, after everything that draws numbers while setting up."""
+        if self._generators is not None:
+            restore_generators(self._generators)
+            self._generators = None
+
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_parameters(remove_duplicate=False)
+        yield from self.named_buffers(remove_duplicate=False)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Yield a module's parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and torch's global generators, as plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)))
+        + (int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Put back what `generator_states` returned."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,53 @@
+"""Optimisers with their schedules, as `conf/optimizer/*.yaml` names them."""
+
+import math
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def adamw(
+    module: nn.Module,
+    max_steps: int,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    warmup_fraction: float = 0.05,
+    final_fraction: float = 0.05,
+) -> OptimizerLRScheduler:
+    """AdamW with a linear warm-up and a cosine decay over the stage's steps.
+
+    Args:
+        module: its trainable parameters are optimised; those of two or more dimensions decay.
+        max_steps: optimiser steps of the whole stage.
+        learning_rate: the peak.
+        weight_decay: decoupled, on matrices only.
+        betas, eps: of Adam.
+        warmup_fraction: share of `max_steps` over which the rate rises to its peak.
+        final_fraction: rate at the last step as a share of the peak.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(
+        [g for g in groups if g["params"]],
+        lr=learning_rate,
+        betas=(betas[0], betas[1]),
+        eps=eps,
+        fused=True,
+    )
+    warmup = max(1, round(warmup_fraction * max_steps))
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warmup)
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))
+        return rise * (final_fraction + (1 - final_fraction) * fall)
+
+    schedule = LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

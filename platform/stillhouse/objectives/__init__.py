@@ -1,0 +1,1 @@
+"""Losses as pure functions of tensors and records; argument order is (student, teacher)."""

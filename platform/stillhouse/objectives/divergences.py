@@ -1,0 +1,118 @@
+"""Divergences between next-token distributions: the one place that fixes their conventions.
+
+P is the teacher's distribution, Q the student's; the argument order everywhere is
+(student, teacher). β and α follow GKD and DistiLLM:
+
+| name               | D(P, Q)                                              | source           |
+|--------------------|------------------------------------------------------|------------------|
+| `forward_kl`       | KL(P, Q)                                             | Hinton 1503.02531|
+| `reverse_kl`       | KL(Q, P)                                             | MiniLLM 2306.08543|
+| `jsd`              | β KL(P, M) + (1-β) KL(Q, M),  M = β P + (1-β) Q      | GKD 2306.13649   |
+| `skew_forward_kl`  | KL(P, α P + (1-α) Q)                                 | DistiLLM 2402.03898|
+| `skew_reverse_kl`  | KL(Q, (1-α) P + α Q)                                 | DistiLLM 2402.03898|
+| `total_variation`  | ½ Σ abs(P - Q)                                       |                  |
+
+In `jsd`, β multiplies the teacher's term and is P's weight in M. β = 0 and β = 1 are special-cased
+to forward and reverse KL as in GKD's code: the formula itself vanishes there, with
+lim JSD_β/β = KL(P, Q) and lim JSD_β/(1-β) = KL(Q, P), so the loss jumps in scale between β = 0 and
+β = 0.01. DistiLLM's own JSD weighs the other way round (its λ is 1-β).
+
+All work on log-probabilities [..., V] and return [...], nats. A token with P = 0 or Q = 0
+(log-probability -inf) contributes its limit to the value and nothing to the gradient.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LogProbs = Float[Tensor, "*N V"]
+Divergence = Callable[[LogProbs, LogProbs], Float[Tensor, "*N"]]
+
+
+def _expectation_of_log_ratio(log_a: LogProbs, log_b: LogProbs) -> Float[Tensor, "*N"]:
+    """KL(A, B) = Σ A (log A - log B), with 0 log 0 = 0 and no NaN in the gradient."""
+    ratio = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
+    return (log_a.exp() * ratio).sum(-1)
+
+
+def _log_mixture(log_a: LogProbs, log_b: LogProbs, weight_of_a: float) -> LogProbs:
+    """log(w A + (1-w) B), exact at w = 0 and w = 1."""
+    if weight_of_a == 0.0:
+        return log_b
+    if weight_of_a == 1.0:
+        return log_a
+    w = torch.tensor(weight_of_a, dtype=log_a.dtype, device=log_a.device)
+    both_impossible = (log_a == -torch.inf) & (log_b == -torch.inf)
+    mixture = torch.logaddexp(
+        log_a.masked_fill(both_impossible, 0) + w.log(),
+        log_b.masked_fill(both_impossible, 0) + (1 - w).log(),
+    )
+    return mixture.masked_fill(both_impossible, -torch.inf)
+
+
+def forward_kl(student: LogProbs, teacher: LogProbs) -> Float[Tensor, "*N"]:
+    """KL(P, Q); gradient in the student's logits Q - P."""
+    return _expectation_of_log_ratio(teacher, student)
+
+
+def reverse_kl(student: LogProbs, teacher: LogProbs) -> Float[Tensor, "*N"]:
+    """KL(Q, P); gradient in the student's logits Q (log Q/P - KL(Q, P))."""
+    return _expectation_of_log_ratio(student, teacher)
+
+
+def jsd(student: LogProbs, teacher: LogProbs, *, beta: float) -> Float[Tensor, "*N"]:
+    """Generalised Jensen-Shannon divergence, at most the binary entropy H(β)."""
+    if beta == 0.0:
+        return forward_kl(student, teacher)
+    if beta == 1.0:
+        return reverse_kl(student, teacher)
+    mixture = _log_mixture(teacher, student, beta)
+    to_teacher = _expectation_of_log_ratio(teacher, mixture)
+    to_student = _expectation_of_log_ratio(student, mixture)
+    return beta * to_teacher + (1 - beta) * to_student
+
+
+def skew_forward_kl(student: LogProbs, teacher: LogProbs, *, alpha: float) -> Float[Tensor, "*N"]:
+    """KL(P, α P + (1-α) Q), at most -log α; α = 0 is forward KL."""
+    return _expectation_of_log_ratio(teacher, _log_mixture(teacher, student, alpha))
+
+
+def skew_reverse_kl(student: LogProbs, teacher: LogProbs, *, alpha: float) -> Float[Tensor, "*N"]:
+    """KL(Q, (1-α) P + α Q), at most -log α; α = 0 is reverse KL."""
+    return _expectation_of_log_ratio(student, _log_mixture(student, teacher, alpha))
+
+
+def total_variation(student: LogProbs, teacher: LogProbs) -> Float[Tensor, "*N"]:
+    """½ Σ abs(P - Q), in [0, 1]; the gradient at ties is 0."""
+    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+
+def named_divergence(name: str, *, beta: float, alpha: float) -> Divergence:
+    """Return the divergence of that name as a function of (student, teacher) log-probabilities.
+
+    Args:
+        name: a name of the table above.
+        beta: weight of the teacher in `jsd`, in [0, 1]; the others ignore it.
+        alpha: skew, in [0, 1); only the skewed ones read it.
+
+    Raises:
+        ValueError: for another name, or a weight outside its range.
+    """
+    table: dict[str, Divergence] = {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jsd": partial(jsd, beta=beta),
+        "skew_forward_kl": partial(skew_forward_kl, alpha=alpha),
+        "skew_reverse_kl": partial(skew_reverse_kl, alpha=alpha),
+        "total_variation": total_variation,
+    }
+    if name not in table:
+        raise ValueError(f"divergence={name!r} is not one of {', '.join(table)}")
+    if name == "jsd" and not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta} is outside [0, 1]")
+    if name.startswith("skew") and not 0 <= alpha < 1:
+        raise ValueError(f"alpha={alpha} is outside [0, 1)")
+    return table[name]

@@ -1,0 +1,1 @@
+"""Frozen records with named, shaped fields: what passes between data, networks and methods."""

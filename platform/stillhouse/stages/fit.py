@@ -1,0 +1,89 @@
+"""The stage `fit`: train a student with a family and a method, and hand it on as a model folder."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+
+from stillhouse.errors import UserError
+from stillhouse.families.checkpoints import latest_checkpoint
+from stillhouse.families.distiller import Distiller
+from stillhouse.stages.stage import StageContext, StageResult
+from stillhouse.tracking.progress import StageProgress
+
+# What Lightning says of itself: advice that does not fit here (the teacher is in eval mode on
+# purpose, loaders are ours), and one warning of its own use of torch.
+LIGHTNING_CHATTER = (
+    r".*module\(s\) in eval mode at the start of training.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`tensorboardX` has been removed.*",
+    r".*does not have many workers.*",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Train one student.
+
+    Every node is built here, in this order and from one seed: data, student, teacher, method,
+    family. Two stages with equal seed, data and student therefore start from equal parameters.
+
+    Attributes:
+        family: the LightningModule, partial: called with (student, teacher, method, optimizer).
+        method: the loss, partial.
+        teacher: partial, called with (data); None for methods that have no teacher.
+        student: partial, called with (data).
+        data: LightningDataModule, partial, called with (seed).
+        optimizer: partial, called with (module, max_steps).
+        trainer: `lightning.Trainer`, partial; logger and callbacks are added here.
+        callbacks: further callbacks by name; None leaves one out.
+        seed: decides initialisation, order and every other draw.
+    """
+
+    family: dict[str, Any]
+    method: dict[str, Any]
+    teacher: dict[str, Any] | None
+    student: dict[str, Any]
+    data: dict[str, Any]
+    optimizer: dict[str, Any]
+    trainer: dict[str, Any]
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __call__(self, context: StageContext) -> StageResult:
+        """Train, or go on from the last checkpoint in `context.scratch`; write the model folder."""
+        pl.seed_everything(self.seed, verbose=False)
+        data = instantiate(self.data, _recursive_=False)(self.seed)
+        student = instantiate(self.student)(data)
+        teacher = instantiate(self.teacher)(data) if self.teacher else None
+        module: Distiller = instantiate(self.family)(
+            student, teacher, instantiate(self.method), instantiate(self.optimizer)
+        )
+        progress = StageProgress(context.name, context.console)
+        nodes = [node for node in self.callbacks.values() if node is not None]
+        trainer: pl.Trainer = instantiate(self.trainer)(
+            default_root_dir=context.scratch,
+            logger=context.tracker.loggers or False,
+            callbacks=[progress, *(instantiate(node) for node in nodes)],
+            enable_progress_bar=True,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        if trainer.max_steps < 1:
+            raise UserError(
+                f"stage {context.name}: trainer.max_steps is {trainer.max_steps}; expected 1 or more"
+            )
+        with warnings.catch_warnings():
+            for message in LIGHTNING_CHATTER:
+                warnings.filterwarnings("ignore", message=message)
+            trainer.fit(
+                module,
+                datamodule=data,
+                ckpt_path=latest_checkpoint(context.scratch),
+                weights_only=False,
+            )
+        if trainer.is_global_zero:
+            module.export(context.output, data)
+        return StageResult(metrics=module.summary())

@@ -1,0 +1,269 @@
+"""The job `run`: bring a recipe's stages up to date, one after the other.
+
+A stage whose artifact stands and carries the right fingerprint is skipped; a shared one is made
+once under a file lock, on demand; one that was killed goes on from what it left in its scratch
+folder. `results.json` is written after every stage, also when one fails.
+"""
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse.config import overlay, signatures
+from stillhouse.errors import UserError, did_you_mean
+from stillhouse.files import MANIFEST, SERIES, remove
+from stillhouse.stages import artifacts
+from stillhouse.stages.artifacts import Manifest
+from stillhouse.stages.stage import StageContext, StageResult
+from stillhouse.stages.workspace import Workspace
+from stillhouse.tracking.report import print_outcome
+from stillhouse.tracking.runs import RunRecord, describe_run
+from stillhouse.tracking.tracker import Tracking
+
+# Files of an artifact that are not part of a product.
+PRIVATE_FILES = (MANIFEST, SERIES)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a plan: a stage and what is to be done about it."""
+
+    stage: str
+    state: str
+    seconds: float | None = None
+
+    @property
+    def is_work(self) -> bool:
+        """Whether the stage has to be made or brought to its end."""
+        return self.state in ("run", "resume", "rebuild", "forced")
+
+
+def run_recipe(config: DictConfig, folder: Path) -> None:
+    """Run the recipe in `config`, with `folder` as its run directory.
+
+    Raises:
+        UserError: when a key, a value, a folder or an outside file keeps a stage from running.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    _quiet_libraries()
+    overlay.apply(config)
+    workspace = Workspace(run=folder, cache=Path(config.paths.cache).expanduser(), config=config)
+    _check_names(workspace)
+    signatures.check(config, workspace.stages)
+    plan = make_plan(workspace)
+    if config.plan:
+        _print_plan(plan, workspace, console)
+        return
+
+    tracking: Tracking = instantiate(config.tracking)
+    record = RunRecord.open(folder, describe_run(config, folder))
+    record.write_config(config)
+    try:
+        for step in plan:
+            if step.state == "not needed":
+                continue
+            with record.stage(step.stage) as entry, _storage_errors(workspace):
+                manifest = _bring_up_to_date(step, workspace, tracking, record, console)
+                entry.finish(
+                    status="done" if step.is_work else step.state,
+                    seconds=manifest.seconds,
+                    metrics=manifest.metrics,
+                )
+                record.add_models(manifest.models)
+                _keep_product(workspace)
+            if step.stage == config.stop_after:
+                break
+    finally:
+        with _storage_errors(workspace):
+            record.gather_series([workspace.artifact(s.stage) for s in plan])
+    print_outcome(record, console)
+
+
+def make_plan(workspace: Workspace) -> list[Step]:
+    """Say for every stage whether it is done, cached, not needed or has to run."""
+    config = workspace.config
+    forced = [config.force] if isinstance(config.force, str) else list(config.force or [])
+    stages = workspace.stages
+    if config.stop_after is not None:
+        stages = stages[: stages.index(config.stop_after) + 1]
+    needed = {s for s in stages if not workspace.shared(s) or s == config.stop_after}
+    for stage in reversed(stages):
+        if stage in needed:
+            needed |= workspace.needs(stage)
+
+    plan: list[Step] = []
+    for stage in stages:
+        manifest = artifacts.read_manifest(workspace.home(stage))
+        if stage not in needed:
+            state = "not needed"
+        elif stage in forced:
+            state = "forced"
+        elif manifest is not None and manifest.fingerprint == workspace.fingerprint(stage):
+            damaged = artifacts.find_damage(workspace.home(stage))
+            state = "rebuild" if damaged else "cached" if workspace.shared(stage) else "done"
+        elif workspace.home(stage).exists():
+            state = "rebuild"
+        else:
+            begun = any(workspace.scratch(stage).glob("checkpoints/*"))
+            state = "resume" if begun else "run"
+        plan.append(Step(stage, state, manifest.seconds if manifest else None))
+    return plan
+
+
+def _bring_up_to_date(
+    step: Step, workspace: Workspace, tracking: Tracking, record: RunRecord, console: Console
+) -> Manifest:
+    """Return the manifest of a stage's artifact, which stands when this returns."""
+    stage = step.stage
+    home = workspace.home(stage)
+    if not workspace.shared(stage):
+        return _make(step, workspace, tracking, record, console)
+    _make_folder(workspace.cache)
+    lock = FileLock(workspace.cache / f"{home.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"[dim]{stage}: waiting for another run that is making it …[/dim]")
+        lock.acquire()
+    try:
+        manifest = _make(step, workspace, tracking, record, console)
+    finally:
+        lock.release()
+    link = workspace.artifact(stage)
+    remove(link)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(home.resolve(), target_is_directory=True)
+    return manifest
+
+
+def _make(
+    step: Step, workspace: Workspace, tracking: Tracking, record: RunRecord, console: Console
+) -> Manifest:
+    """Make a stage's artifact unless it stands whole, perhaps made by another run meanwhile."""
+    stage, home, scratch = step.stage, workspace.home(step.stage), workspace.scratch(step.stage)
+    fingerprint = workspace.fingerprint(stage)
+    manifest = artifacts.read_manifest(home)
+    if step.state != "forced" and home.exists():
+        damage = artifacts.find_damage(home)
+        if manifest is not None and manifest.fingerprint == fingerprint and damage is None:
+            return manifest
+        reason = damage or "it was made by another configuration or another version of the code"
+        console.print(f"[yellow]warning:[/yellow] {stage} is made anew: in {home}, {reason}")
+    if step.state == "forced":
+        remove(scratch)
+
+    output = scratch / "output"
+    remove(output)
+    _make_folder(output)
+    began = time.monotonic()
+    node = workspace.node(stage)
+    with tracking.stage(record.info, stage, node["_target_"].rpartition(".")[2], scratch) as tracker:
+        result: StageResult = instantiate(node, _recursive_=False, _convert_="all")(
+            StageContext(stage, output, scratch, tracker, console)
+        )
+        tracker.summarise(result.metrics, result.models)
+    if (scratch / SERIES).exists():
+        shutil.copy2(scratch / SERIES, output / SERIES)
+    seconds = time.monotonic() - began
+    manifest = artifacts.publish(
+        output,
+        home,
+        fingerprint=fingerprint,
+        seconds=seconds,
+        metrics=result.metrics,
+        models=result.models,
+    )
+    remove(scratch)
+    return manifest
+
+
+def _keep_product(workspace: Workspace) -> None:
+    """Copy the recipe's product to `student/` in the run directory, once it stands."""
+    config = workspace.config
+    if config.product is None:
+        return
+    source = workspace.path_of(f"models.{config.product}")
+    manifest = artifacts.read_manifest(source)
+    target = workspace.run / "student"
+    if manifest is None or not source.is_relative_to(workspace.run):
+        return
+    partial = target.with_name(".student.partial")
+    remove(partial)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*PRIVATE_FILES))
+    remove(target)
+    partial.rename(target)
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own bars: no library's bar, tip or banner among them."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def _check_names(workspace: Workspace) -> None:
+    """Refuse `stop_after` and `force` that name no stage, and a recipe without stages."""
+    config = workspace.config
+    if not workspace.stages:
+        raise UserError("the recipe has no stages; choose one with experiment=<name>")
+    forced = [config.force] if isinstance(config.force, str) else list(config.force or [])
+    for key, name in [("stop_after", config.stop_after), *(("force", f) for f in forced)]:
+        if name is not None and name not in workspace.stages:
+            raise UserError(
+                f"{key}={name}: this recipe has no stage of that name; its stages are "
+                f"{', '.join(workspace.stages)}{did_you_mean(name, workspace.stages)}"
+            )
+
+
+def _print_plan(plan: list[Step], workspace: Workspace, console: Console) -> None:
+    table = Table("stage", "what would happen", "took", "where", title="plan")
+    say = {"cached": "taken from the cache", "done": "done, skipped", "run": "run"}
+    say |= {"resume": "go on from its last checkpoint", "rebuild": "made anew (it does not match)"}
+    say |= {"forced": "run again (force)", "not needed": "left out: no stage needs it"}
+    for step in plan:
+        took = f"{step.seconds:.0f} s" if step.seconds is not None else ""
+        where = str(workspace.home(step.stage)) if workspace.shared(step.stage) else "run directory"
+        table.add_row(step.stage, say[step.state], took, where)
+    console.print(table)
+    full = OmegaConf.select(workspace.config, "product")
+    console.print(f"product: {full}; nothing was run")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} cannot be made: {error.strerror}: {error.filename}; "
+            "move what is in its way, or choose another cache with paths.cache=<folder>"
+        ) from error
+
+
+@contextmanager
+def _storage_errors(workspace: Workspace) -> Iterator[None]:
+    """Turn a full disk, met by whichever library, into one line."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            name = getattr(error, "filename", None)
+            raise UserError(
+                f"no space left on the disk{f' for {name}' if name else ''}; free some, or move the "
+                f"cache ({workspace.cache}) with paths.cache=<folder>; then go on with "
+                f"resume={workspace.run}"
+            ) from error
+        raise

@@ -1,0 +1,140 @@
+"""The workspace: where a run's artifacts lie, and what `${artifact:<stage>}` stands for.
+
+The resolver is bound to a workspace by a context variable. Without one (`--cfg job --resolve`) it
+gives the path that the artifact has in every run directory, whether or not it exists.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from stillhouse.errors import UserError, did_you_mean
+from stillhouse.stages.fingerprint import fingerprint
+
+# Keys of a stage's node that speak to the runner and not to the stage.
+RUNNER_KEYS = ("shared",)
+
+_reference: ContextVar[Callable[[str], str]] = ContextVar("artifact reference")
+
+
+def register_resolvers() -> None:
+    """Make `${artifact:<stage>}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("artifact", _resolve_artifact, replace=True)
+
+
+def _resolve_artifact(stage: str) -> str:
+    return _reference.get(_relative_path)(stage)
+
+
+def _relative_path(stage: str) -> str:
+    return f"stages/{stage}"
+
+
+@contextmanager
+def references(meaning: Callable[[str], str]) -> Iterator[None]:
+    """Within the block, `${artifact:x}` resolves to `meaning("x")`."""
+    token = _reference.set(meaning)
+    try:
+        yield
+    finally:
+        _reference.reset(token)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A run's folders and its stages.
+
+    Attributes:
+        run: the run directory.
+        cache: the content-addressed cache that runs share.
+        config: the composed config, unresolved.
+    """
+
+    run: Path
+    cache: Path
+    config: DictConfig
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the recipe's stages in their order; a stage set to null is left out."""
+        return [name for name, node in self.config.stages.items() if node is not None]
+
+    def artifact(self, stage: str) -> Path:
+        """Return the path of a stage's artifact, the same in every run."""
+        return self.run / "stages" / stage
+
+    def shared(self, stage: str) -> bool:
+        """Whether a stage's artifact lives in the cache: made on demand, once for all runs."""
+        return bool(self.config.stages[stage].get("shared", False))
+
+    def home(self, stage: str) -> Path:
+        """Return the folder that really holds a stage's artifact."""
+        if self.shared(stage):
+            return self.cache / f"{stage}-{self.fingerprint(stage)[:20]}"
+        return self.artifact(stage)
+
+    def scratch(self, stage: str) -> Path:
+        """Return the folder in which a stage works until it is done; it survives a kill.
+
+        A shared stage works beside its place in the cache, so that whoever needs it next goes on
+        where a killed run stopped.
+        """
+        if self.shared(stage):
+            home = self.home(stage)
+            return home.with_name(f"{home.name}.work")
+        return self.run / "work" / stage
+
+    def node(self, stage: str) -> dict[str, Any]:
+        """Return a stage's resolved node, artifacts as paths, without the runner's own keys."""
+        with references(lambda name: str(self.artifact(self._known(name, stage)))):
+            node = self._resolve(stage)
+        return {k: v for k, v in node.items() if k not in RUNNER_KEYS}
+
+    def fingerprint(self, stage: str) -> str:
+        """Return the hash of everything that decides a stage's result."""
+        with references(lambda name: f"artifact {self.fingerprint(self._known(name, stage))}"):
+            node = self._resolve(stage)
+        return fingerprint(node)
+
+    def needs(self, stage: str) -> set[str]:
+        """Return the stages whose artifacts a stage names."""
+        named: set[str] = set()
+        with references(lambda name: named.add(self._known(name, stage)) or name):
+            self._resolve(stage)
+        return named
+
+    def path_of(self, reference: str) -> Path:
+        """Return the path that a value of the config stands for, such as `models.student`."""
+        with references(lambda name: str(self.artifact(name))):
+            return Path(str(OmegaConf.select(self.config, reference)))
+
+    def _resolve(self, stage: str) -> dict[str, Any]:
+        node = OmegaConf.to_container(self.config.stages[stage], resolve=True)
+        assert isinstance(node, dict)
+        return {str(k): v for k, v in node.items()}
+
+    def _known(self, name: str, asked_by: str) -> str:
+        """Return `name` if it is a stage that comes before `asked_by`.
+
+        Raises:
+            UserError: when it is not.
+        """
+        order = self.stages
+        if name not in order:
+            left_out = " (it is set to null)" if name in self.config.stages else ""
+            raise UserError(
+                f"stages.{asked_by} needs the artifact of the stage {name!r}, which this recipe "
+                f"does not have{left_out}; its stages are {', '.join(order)}"
+                f"{did_you_mean(name, order)}"
+            )
+        if order.index(name) >= order.index(asked_by):
+            raise UserError(
+                f"stages.{asked_by} needs the artifact of the stage {name!r}, which comes after it; "
+                "a stage can only name earlier ones"
+            )
+        return name

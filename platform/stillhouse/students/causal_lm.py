@@ -1,0 +1,175 @@
+"""Causal language models: from scratch by shape, or any of `transformers` by path."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
+
+from stillhouse.data.language import LanguageData
+from stillhouse.errors import UserError
+from stillhouse.records.language import LanguageOutput, SequenceBatch, VocabularyHead
+
+
+def llama(
+    data: LanguageData,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    max_position_embeddings: int = 2048,
+    rope_theta: float = 10000.0,
+    tie_word_embeddings: bool = True,
+    attention_dropout: float = 0.0,
+    attn_implementation: str = "sdpa",
+) -> LlamaForCausalLM:
+    """Make a Llama-shaped model with random weights for the data's vocabulary.
+
+    The arguments are those of `transformers.LlamaConfig`; the global torch seed decides the
+    weights.
+
+    Raises:
+        UserError: when the heads do not divide the width, or each other.
+    """
+    if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+        raise UserError(
+            f"hidden_size={hidden_size} must be a multiple of num_attention_heads="
+            f"{num_attention_heads}, and that of num_key_value_heads={num_key_value_heads}"
+        )
+    config = LlamaConfig(
+        vocab_size=len(data.tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        tie_word_embeddings=tie_word_embeddings,
+        attention_dropout=attention_dropout,
+        bos_token_id=data.tokenizer.bos_token_id,
+        eos_token_id=data.tokenizer.eos_token_id,
+        pad_token_id=data.tokenizer.pad_token_id,
+        attn_implementation=attn_implementation,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrained(
+    data: LanguageData,
+    *,
+    path: str,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """Load any causal language model as a student.
+
+    Args:
+        data: its vocabulary must fit into the model's.
+        path: model folder, or an id of the hub.
+        dtype: torch dtype of the weights; `auto` keeps the stored one.
+        attn_implementation: attention of `transformers`.
+
+    Raises:
+        UserError: when no model lies there, or the data's tokenizer has more tokens than it.
+    """
+    model = load_causal_lm(path, dtype=dtype, attn_implementation=attn_implementation, key="student")
+    tokens, rows = len(data.tokenizer), model.get_output_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise UserError(
+            f"student.path={path}: the model knows {rows} tokens, the data's tokenizer {tokens}; "
+            f"use its own with data.tokenizer_path={path}"
+        )
+    return model.train()
+
+
+def load_causal_lm(path: str, *, dtype: str, attn_implementation: str, key: str) -> PreTrainedModel:
+    """Load a causal language model whose head this package can read.
+
+    Raises:
+        UserError: for a folder without a model, a dtype that torch does not have, or a head that
+            is more than a linear layer with scale and soft-cap.
+    """
+    check_model_folder(path, key=key)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"{key}.dtype={dtype}: expected auto, float32, bfloat16 or float16")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}.path={path} cannot be loaded: {_one_line(error)}") from error
+    _check_head(model, f"{key}.path={path}")
+    return model
+
+
+def check_model_folder(path: str, *, key: str) -> None:
+    """Refuse a local folder that holds no model, before a library looks for it on the hub.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{key}.path={path}: the folder has no config.json; expected a model saved with "
+            "save_pretrained, for example the student/ of a run directory"
+        )
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.exists():
+        raise UserError(f"{key}.path={path}: there is no such folder")
+
+
+def vocabulary_head(model: PreTrainedModel) -> VocabularyHead:
+    """Return a causal model's head as a record; its tensors are the model's own."""
+    layer: Any = model.get_output_embeddings()
+    config: Any = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return VocabularyHead(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        logit_scale=scale,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def read_output(model: PreTrainedModel, batch: SequenceBatch) -> LanguageOutput:
+    """Run a causal model's body on a batch; the head is handed on, not applied."""
+    padding = batch.attention_mask
+    body: Any = model.base_model
+    states = body(
+        input_ids=batch.input_ids,
+        attention_mask=None if padding is None else padding.long(),
+        use_cache=False,
+    ).last_hidden_state
+    return LanguageOutput(hidden_states=states, head=vocabulary_head(model))
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, where: str) -> None:
+    """Compare the model's own logits with those of body and head, once, on four tokens."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    batch = SequenceBatch(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+    was_training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = read_output(model, batch).logits.float()
+    model.train(was_training)
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"{where}: the head of {type(model).__name__} is more than a linear layer with scale "
+            "and soft-cap, which the families of this package do not read yet"
+        )
+
+
+def architecture_of(path: str) -> str:
+    """Return the `model_type` of a model folder."""
+    return str(AutoConfig.from_pretrained(path).model_type)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

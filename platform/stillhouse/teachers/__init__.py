@@ -1,0 +1,1 @@
+"""Teachers: where a signal comes from; a method never knows."""

@@ -1,0 +1,1 @@
+"""Run records, step series, Weights & Biases, progress bars and the comparison of runs."""

@@ -1,0 +1,58 @@
+"""What a run says when it is over: its table, its curves, where everything lies."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse.files import SERIES
+from stillhouse.tracking.runs import RunRecord
+from stillhouse.tracking.series import read_series
+
+
+def print_outcome(record: RunRecord, console: Console) -> None:
+    """Mark the run as done, draw its curves and print its table."""
+    from stillhouse.tracking.pictures import curves_of, draw_curves
+
+    record.finish()
+    folder = record.folder
+    if record.models:
+        console.print(results_table(record.info.recipe, record.models))
+    rows = read_series(folder / SERIES)
+    if rows:
+        title = f"{record.info.recipe}, seed {record.info.seed}"
+        draw_curves(curves_of(rows), folder / "pictures" / "loss.png", title)
+    console.print(f"run directory: {folder}")
+    for name, what in (
+        ("student", "the student, an ordinary model folder"),
+        ("pictures/loss.png", "the loss curves"),
+        ("results.json", "final numbers"),
+        (SERIES, "step series"),
+        ("config.yaml", "the resolved config"),
+        ("stages", "every stage's artifact"),
+    ):
+        if (folder / name).exists():
+            console.print(f"  {name:<18} {what}")
+    if (folder / "wandb").exists():
+        console.print(f"  {'wandb':<18} send with: wandb sync {folder}/wandb/offline-run-*")
+
+
+def results_table(title: str, models: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table with a row a metric and a column a role."""
+    metrics = list(dict.fromkeys(m for numbers in models.values() for m in numbers))
+    table = Table("metric", title=title)
+    for role in models:
+        table.add_column(role, justify="right", no_wrap=True)
+    for metric in metrics:
+        table.add_row(metric, *(format_number(n.get(metric)) for n in models.values()))
+    return table
+
+
+def format_number(value: Any) -> str:
+    """Show a number with four digits that count, a count in full."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,93 @@
+"""Where a stage's numbers, tables and pictures go."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.loggers import Logger
+
+from stillhouse.files import SERIES
+from stillhouse.tracking.runs import RunInfo
+from stillhouse.tracking.loggers import SeriesLogger
+
+
+class StageTracker(Protocol):
+    """What a stage logs to while it runs."""
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """Lightning's loggers of step series."""
+        ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table."""
+        ...
+
+    def picture(self, name: str, path: Path) -> None:
+        """Log a picture that lies in a file."""
+        ...
+
+    def summarise(
+        self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Log a stage's final numbers."""
+        ...
+
+
+class Tracking(Protocol):
+    """Opens a tracker for a stage and closes it in all cases, a failed stage as failed."""
+
+    def stage(
+        self, run: RunInfo, name: str, kind: str, folder: Path
+    ) -> AbstractContextManager[StageTracker]:
+        """Track one stage.
+
+        Args:
+            run: what is known of the whole run.
+            name: key of the stage in the recipe.
+            kind: class of the stage.
+            folder: scratch folder of the stage; its series lies there.
+        """
+        ...
+
+
+class FileTracker:
+    """The series in the run directory and nothing else."""
+
+    def __init__(self, series: SeriesLogger | None) -> None:
+        self.series = series
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The CSV series, or nothing."""
+        return [self.series] if self.series is not None else []
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Do nothing: the stage wrote the table to its artifact."""
+
+    def picture(self, name: str, path: Path) -> None:
+        """Do nothing: the picture lies in the run directory."""
+
+    def summarise(
+        self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Do nothing: `results.json` holds the numbers."""
+
+
+class CsvTracking:
+    """`tracking=csv`: `metrics.csv` in the run directory."""
+
+    @contextmanager
+    def stage(self, run: RunInfo, name: str, kind: str, folder: Path) -> Iterator[FileTracker]:
+        """Track one stage in a file."""
+        yield FileTracker(SeriesLogger(folder / SERIES, name))
+
+
+class NoTracking:
+    """`tracking=none`: final numbers only, no series."""
+
+    @contextmanager
+    def stage(self, run: RunInfo, name: str, kind: str, folder: Path) -> Iterator[FileTracker]:
+        """Track nothing."""
+        yield FileTracker(None)

@@ -1,0 +1,6 @@
+"""The one door: `python run.py experiment=… key=value`; `python run.py --help` lists the recipes."""
+
+from stillhouse.cli import main
+
+if __name__ == "__main__":
+    main()
