@@ -6,6 +6,7 @@ what is our own fault keeps its traceback (exit code 1).
 """
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -29,7 +30,6 @@ def main() -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run the command line `argv` and return the exit code."""
-    users_own = os.environ.get("HYDRA_FULL_ERROR")
     outcomes: list[arguments.Outcome] = []
     try:
         if arguments.wants_help(argv):
@@ -41,25 +41,29 @@ def run(argv: list[str]) -> int:
         if arguments.wants_config(argv):
             print(preflight.shown_config(argv, config_folder()), end="")
             return 0
-        os.environ["HYDRA_FULL_ERROR"] = "1"
         _hydra(argv, outcomes)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from stillhouse.config import messages
-
-        line = messages.one_line(error, argv, config_folder())
-        if line is None or users_own == "1":
-            traceback.print_exc()
-        if line is not None and not outcomes:
-            print(f"error: {line}", file=sys.stderr)
-        if not outcomes:
-            return 1 if line is None else 2
+        return _tell(error, argv)
     if any(o.error for o in outcomes):
         arguments.print_ledger(outcomes)
         return 2
     return 0
+
+
+def _tell(error: Exception, argv: list[str]) -> int:
+    """Print an error, in one line where the user can mend it; return the exit code."""
+    from stillhouse.config import messages
+
+    line = messages.one_line(error, argv, config_folder())
+    if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exc()
+    if line is None:
+        return 1
+    print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def _hydra(argv: list[str], outcomes: list[arguments.Outcome]) -> None:
@@ -71,15 +75,22 @@ def _hydra(argv: list[str], outcomes: list[arguments.Outcome]) -> None:
     def job(config: DictConfig) -> Any:
         return run_job(config, outcomes)
 
-    decorated = hydra.main(
-        version_base="1.3", config_path=str(config_folder()), config_name="run"
-    )(job)
+    decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="run")(
+        job
+    )
     argv_before, sys.argv = sys.argv, [sys.argv[0], *argv]
     stderr_before, sys.stderr = sys.stderr, messages.WithoutHydrasOwn(sys.stderr)
+    users_own = os.environ.get("HYDRA_FULL_ERROR")
+    # Hydra would print and exit by itself; so it raises, and the error is told outside.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         decorated()
     finally:
         sys.argv, sys.stderr = argv_before, stderr_before
+        if users_own is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = users_own
 
 
 def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
@@ -96,7 +107,11 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
     folder = Path(hydra_config.runtime.output_dir)
     job = get_method(config._target_)
     if hydra_config.mode.name != "MULTIRUN":
-        return job(config, folder)
+        try:
+            return job(config, folder)
+        except Exception:
+            _leave_nothing_begun(folder)
+            raise
     outcome = arguments.Outcome(str(hydra_config.job.num), hydra_config.job.override_dirname)
     try:
         preflight.refuse_several_devices(config)
@@ -110,3 +125,9 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
     finally:
         outcomes.append(outcome)
     return None
+
+
+def _leave_nothing_begun(folder: Path) -> None:
+    """Remove a run directory that holds nothing but Hydra's own files: the run never began."""
+    if (folder / ".hydra").is_dir() and [p.name for p in folder.iterdir()] == [".hydra"]:
+        shutil.rmtree(folder)

@@ -67,7 +67,7 @@ class Comparison:
     Attributes:
         runs: run directories, sweep directories or globs of them.
         baseline: a role (`student_alone`), or `key=value` that picks the baseline's runs.
-        metrics: columns of the table; null shows what the runs have in common.
+        metrics: columns of the table; null shows every metric that one of the runs has.
         to: folder of `compare.csv`, `compare.md` and the pictures.
     """
 

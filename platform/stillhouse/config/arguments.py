@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from stillhouse.errors import UserError, did_you_mean
+
 USAGE = """\
 Stillhouse: small fast models from large slow ones.
 
@@ -24,6 +26,12 @@ Stillhouse: small fast models from large slow ones.
 
 Recipes:
 """
+# The options of `hydra.main`.
+WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp"}
+WITH_VALUE |= {"--config-dir", "-cd", "--info", "-i", "--experimental-rerun"}
+WITHOUT_VALUE = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"}
+WITHOUT_VALUE |= {"--multirun", "-m", "--shell-completion", "-sc"}
+
 AFTER = """
 Groups (key=option): {groups}
 Hydra's own options: --hydra-help
@@ -68,16 +76,35 @@ def option(argv: list[str], *names: str) -> str | None:
 
 def overrides_of(argv: list[str]) -> list[str]:
     """Return the `key=value` arguments; those of Hydra's own options are left out."""
-    found: list[str] = []
-    takes_value = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp"}
-    takes_value |= {"--config-dir", "-cd", "--info", "-i"}
-    skip = False
+    return split(argv)[1]
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return Hydra's own options, with their values, and the `key=value` arguments.
+
+    Raises:
+        UserError: for an option that Hydra does not have.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    waiting = False
     for argument in argv:
-        if skip or argument in takes_value:
-            skip = not skip and argument in takes_value
+        name = argument.partition("=")[0]
+        if waiting:
+            options.append(argument)
+            waiting = False
         elif not argument.startswith("-"):
-            found.append(argument)
-    return found
+            overrides.append(argument)
+        elif name in WITH_VALUE | WITHOUT_VALUE:
+            options.append(argument)
+            waiting = name in WITH_VALUE and "=" not in argument
+        else:
+            known = sorted(o for o in WITH_VALUE | WITHOUT_VALUE if o.startswith("--"))
+            raise UserError(
+                f"{argument}: there is no such option; expected {', '.join(known)}"
+                f"{did_you_mean(argument, known)}"
+            )
+    return options, overrides
 
 
 def recipes(conf: Path) -> dict[str, tuple[str, str]]:
@@ -117,5 +144,7 @@ def print_ledger(outcomes: list[Outcome]) -> None:
     print(f"error: {len(failed)} of {len(outcomes)} jobs failed:", file=sys.stderr)
     for outcome in failed:
         print(f"  job {outcome.number} ({outcome.overrides}): {outcome.error}", file=sys.stderr)
-    print("run the same command with hydra.sweep.dir=<the sweep's folder> to run only these again",
-          file=sys.stderr)
+    print(
+        "run the same command with hydra.sweep.dir=<the sweep's folder> to run only these again",
+        file=sys.stderr,
+    )

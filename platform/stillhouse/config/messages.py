@@ -12,13 +12,16 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     """Return the line to print for an error that the user can mend; None for a fault of ours."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    from hydra.errors import HydraException
-    from hydra.errors import MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     cause: Any = error
     while cause.__cause__ is not None and not isinstance(cause, MissingConfigException):
         cause = cause.__cause__
+    # OmegaConf keeps of an error inside a resolver nothing but its text.
+    inside = re.search(r"UserError raised while resolving interpolation: ([^\n]*)", str(error))
+    if inside:
+        return inside.group(1)
     if isinstance(cause, UserError):
         return " ".join(str(cause).split())
     if isinstance(error, MissingConfigException):
@@ -66,7 +69,7 @@ def _unknown_key(key: str, argv: list[str], conf: Path) -> str:
     from stillhouse.config.preflight import compose_job, nearest_keys
 
     overrides = overrides_of(argv)
-    own = next((o for o in overrides if o.lstrip("+~").partition("=")[0].endswith(key)), None)
+    own = next((o for o in overrides if o.lstrip("+~").partition("=")[0].startswith(key)), None)
     key = own.lstrip("+~").partition("=")[0] if own else key
     choices = [o for o in overrides if o.partition("=")[0] in groups(conf)]
     job = option(argv, "--config-name", "-cn") or "run"

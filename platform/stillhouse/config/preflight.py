@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from stillhouse.config import overlay
-from stillhouse.config.arguments import option, overrides_of
+from stillhouse.config.arguments import option, overrides_of, split
+from stillhouse.config.essence import explain_differences
 from stillhouse.errors import UserError
+from stillhouse.files import CONFIG
 from stillhouse.schema import register_schemas
 from stillhouse.stages.workspace import register_resolvers
 
@@ -26,17 +29,30 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     register_resolvers()
     # Tokenizers' threads and forked loader workers do not mix; this silences their warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    options, overrides = split(argv)
+    # argparse takes overrides in one stretch only; a user may write them anywhere.
+    argv = [*options, *overrides]
     if option(argv, "--config-name", "-cn") not in (None, "run"):
-        return argv
-    overrides = overrides_of(argv)
+        # Hydra's grammar wants quotes around a value with a second equals sign.
+        return [re.sub(r"^(baseline=)([^'\"].*=.*)$", r'\1"\2"', a) for a in argv]
+    _refuse_what_is_no_override(overrides)
     values = dict(o.split("=", 1) for o in overrides if "=" in o)
     if "resume" in values:
         argv = _resume(Path(values["resume"]), argv, overrides, conf)
     elif values.get("plan", "").lower() == "true":
-        argv = [*argv, "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+        argv = [*argv, "hydra.run.dir=.", "hydra.output_subdir=null"]
     if any(o.startswith(("stages.", "+stages.")) for o in overrides):
         _refuse_interpolated_keys(overrides, conf)
     return argv
+
+
+def _refuse_what_is_no_override(overrides: list[str]) -> None:
+    for override in overrides:
+        if not re.match(r"^[+~]{0,2}[A-Za-z_][\w./@:-]*(=|$)", override):
+            raise UserError(
+                f"the argument {override!r} is not of the form key=value; quote values with spaces "
+                "or commas as a whole: 'key=[a,b]'"
+            )
 
 
 def compose_job(overrides: list[str], conf: Path, config_name: str = "run") -> DictConfig:
@@ -81,9 +97,6 @@ def refuse_several_devices(config: DictConfig) -> None:
 
 def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> list[str]:
     """Check that `folder` is a run of the same config; return the argv that goes on in it."""
-    from stillhouse.files import CONFIG
-    from stillhouse.tracking.runs import essence
-
     saved_file, kept_file = folder / CONFIG, folder / ".hydra" / "overrides.yaml"
     if not saved_file.is_file() or not kept_file.is_file():
         what = "is no run directory" if folder.is_dir() else "does not exist"
@@ -95,32 +108,16 @@ def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> 
     if not rest:
         kept = [o for o in OmegaConf.load(kept_file) if not o.startswith("resume=")]
         argv, rest = [*argv, *kept], kept
-    now = essence(compose_job([o for o in rest if not o.startswith("hydra.")], conf))
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
-    differences = _differences(essence(saved), now)
+    now = compose_job([o for o in rest if not o.startswith("hydra.")], conf)
+    differences = explain_differences(saved, now)
     if differences:
         raise UserError(
-            f"resume={folder}: its config differs from this command's ({len(differences)} keys, "
-            f"then -> now): {'; '.join(differences[:8])}; give the same keys, or start a new run"
+            f"resume={folder}: its config differs from this command's {differences}; give the same "
+            "keys, or start a new run"
         )
     return [*argv, f"hydra.run.dir={folder}"]
-
-
-def _differences(then: Any, now: Any, path: str = "") -> list[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        found = []
-        for key in sorted(then.keys() | now.keys(), key=str):
-            below = f"{path}.{key}" if path else str(key)
-            found += _differences(then.get(key, "(none)"), now.get(key, "(none)"), below)
-        # A root group and the stages that interpolate it differ in the same way: say it once.
-        return [d for d in found if not (d.startswith("stages.") and _said(d, found))]
-    return [] if then == now else [f"{path}: {then} -> {now}"]
-
-
-def _said(difference: str, differences: list[str]) -> bool:
-    tail = difference.split(".", 2)[2] if difference.count(".") > 1 else difference
-    return tail in differences
 
 
 def _refuse_interpolated_keys(overrides: list[str], conf: Path) -> None:
@@ -170,8 +167,12 @@ def nearest_keys(config: DictConfig, key: str) -> list[str]:
         leaves = list(_leaves(config))
         beside = [b for b in beside if OmegaConf.select(config, b) is not None]
         same_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == parts[-1]]
+        if beside:
+            return beside
+        if not same_name and len(siblings) <= 12:
+            return [".".join([*parts[:depth], s]) for s in siblings if not s.startswith("_")]
         same_tail = [leaf for leaf in same_name if leaf.endswith(".".join(parts[-2:]))]
-        return [*beside, *(same_tail or same_name)][:3]
+        return [k for k in same_tail or same_name if not k.startswith("debug.")][:3]
     return []
 
 

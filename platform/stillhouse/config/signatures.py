@@ -5,9 +5,11 @@ objects that the caller hands over, so a YAML file names keywords only.
 """
 
 import inspect
+import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from hydra.utils import get_object
@@ -16,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.stages.workspace import RUNNER_KEYS
 
+MODEL_FILES = ("config.json", "model_index.json")
 CONTROL_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "_args_"})
 
 
@@ -26,11 +29,35 @@ def check(config: DictConfig, stages: list[str]) -> None:
         UserError: for a key that the target does not take, a value of another type, a value that
             is still missing, or a target that cannot be found.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
+    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+        if value == "???":
+            raise UserError(f"{key} has no value; set it with {key}=<value>")
     for path, node in nodes_with_targets(config, stages):
         check_node(path, node)
+        _check_paths(path, node)
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def _check_paths(path: str, node: DictConfig) -> None:
+    """Refuse a local path that leads nowhere, before a library looks for it on a hub."""
+    for key, value in OmegaConf.to_container(node, resolve=False).items():  # type: ignore[union-attr]
+        names_a_path = isinstance(value, str) and str(key).endswith("path") and "${" not in value
+        if names_a_path and re.match(r"[./~]", value) and not Path(value).expanduser().exists():
+            raise UserError(f"{path}.{key}={value}: there is no such file or folder")
+        # By house rule a key named `path` alone is a model, of transformers or diffusers.
+        holds_no_model = names_a_path and key == "path" and Path(value).expanduser().is_dir()
+        if holds_no_model and not any((Path(value).expanduser() / f).exists() for f in MODEL_FILES):
+            raise UserError(
+                f"{path}.{key}={value}: the folder has no {MODEL_FILES[0]}; expected a model saved "
+                "with save_pretrained, for example the student/ of a run directory"
+            )
 
 
 def nodes_with_targets(config: DictConfig, stages: list[str]) -> Iterator[tuple[str, DictConfig]]:
@@ -88,9 +115,7 @@ def check_node(path: str, node: DictConfig) -> None:
         value = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
         interpolated = isinstance(value, str) and "${" in value
         if key in hints and not interpolated and not fits(value, hints[key]):
-            raise UserError(
-                f"{path}.{key}={value}: expected {_say(hints[key])}, got {type(value).__name__}"
-            )
+            raise UserError(f"{path}.{key}={value}: expected {_say(hints[key])}")
 
 
 def locate(path: str, target: str) -> Callable[..., Any]:
@@ -145,7 +170,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str)
-    if origin in (list, tuple) or hint in (list, tuple):
+    if origin in (list, tuple, Sequence) or hint in (list, tuple):
         return isinstance(value, list)
     if origin is dict or hint is dict:
         return False
@@ -164,7 +189,7 @@ def _say(hint: Any) -> str:
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_say(a) for a in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
-        return " or ".join(repr(a) for a in typing.get_args(hint))
+        return " or ".join(str(a) for a in typing.get_args(hint))
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 

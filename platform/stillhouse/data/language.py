@@ -89,7 +89,7 @@ class LanguageData(pl.LightningDataModule):
             raise UserError(f"data.tokenizer_path={path}: the folder holds no tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"data.tokenizer_path={path} cannot be loaded: {reason}") from error
         if tokenizer.eos_token_id is None:

@@ -7,7 +7,7 @@ workers, and an epoch's end is no special case for whoever trains.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 SampleKey = tuple[int, int]
 
 
+@runtime_checkable
 class SampleSource(Protocol):
     """A sized collection of samples, each drawn with its own generator."""
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from stillhouse.errors import UserError
 from stillhouse.records.language import SequenceBatch
 
 
@@ -49,7 +50,15 @@ class TokenWindows:
             packing: whether windows run across documents.
             shift_windows: whether a sample starts at a random offset below `length`, drawn anew in
                 every epoch, so that documents are not always cut at the same places.
+
+        Raises:
+            UserError: when windows are to be shifted that are not packed.
         """
+        if shift_windows and not packing:
+            raise UserError(
+                "data.shift_windows=true needs data.packing=true: without packing a window starts "
+                "with its document"
+            )
         row: list[int] = [end_token]
         spans: list[tuple[int, int]] = []
         for document in documents:

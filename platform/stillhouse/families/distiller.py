@@ -82,7 +82,7 @@ class Distiller(pl.LightningModule):
         for name, tensor in self._named_tensors():
             if id(tensor) in frozen:
                 checkpoint["state_dict"].pop(name, None)
-            elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            elif isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
                 raise TrainingDiverged(
                     f"{name} is not finite any more at step {self.global_step}; the checkpoint "
                     "before it is kept; lower optimizer.learning_rate"
@@ -114,7 +114,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 def generator_states() -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's global generators, as plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)))
@@ -128,7 +128,7 @@ def restore_generators(states: dict[str, Any]) -> None:
     """Put back what `generator_states` returned."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,6 +1,7 @@
 """Optimisers with their schedules, as `conf/optimizer/*.yaml` names them."""
 
 import math
+from collections.abc import Sequence
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -14,7 +15,7 @@ def adamw(
     *,
     learning_rate: float,
     weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: Sequence[float] = (0.9, 0.95),
     eps: float = 1e-8,
     warmup_fraction: float = 0.05,
     final_fraction: float = 0.05,
@@ -40,7 +41,6 @@ def adamw(
         lr=learning_rate,
         betas=(betas[0], betas[1]),
         eps=eps,
-        fused=True,
     )
     warmup = max(1, round(warmup_fraction * max_steps))
 

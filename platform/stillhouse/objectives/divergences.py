@@ -17,18 +17,25 @@ to forward and reverse KL as in GKD's code: the formula itself vanishes there, w
 lim JSD_β/β = KL(P, Q) and lim JSD_β/(1-β) = KL(Q, P), so the loss jumps in scale between β = 0 and
 β = 0.01. DistiLLM's own JSD weighs the other way round (its λ is 1-β).
 
-All work on log-probabilities [..., V] and return [...], nats. A token with P = 0 or Q = 0
-(log-probability -inf) contributes its limit to the value and nothing to the gradient.
+All work on log-probabilities [..., V] and return [...], nats. A symbol that is impossible under the
+distribution that the expectation is taken over (log-probability -inf) contributes 0 log 0 = 0. One
+that is impossible only under the other makes a KL infinite, as it should be.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stillhouse.errors import UserError
+
 LogProbs = Float[Tensor, "*N V"]
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+]
 Divergence = Callable[[LogProbs, LogProbs], Float[Tensor, "*N"]]
 
 
@@ -99,7 +106,7 @@ def named_divergence(name: str, *, beta: float, alpha: float) -> Divergence:
         alpha: skew, in [0, 1); only the skewed ones read it.
 
     Raises:
-        ValueError: for another name, or a weight outside its range.
+        UserError: for another name, or a weight outside its range.
     """
     table: dict[str, Divergence] = {
         "forward_kl": forward_kl,
@@ -110,9 +117,9 @@ def named_divergence(name: str, *, beta: float, alpha: float) -> Divergence:
         "total_variation": total_variation,
     }
     if name not in table:
-        raise ValueError(f"divergence={name!r} is not one of {', '.join(table)}")
+        raise UserError(f"divergence={name}: expected one of {', '.join(table)}")
     if name == "jsd" and not 0 <= beta <= 1:
-        raise ValueError(f"beta={beta} is outside [0, 1]")
+        raise UserError(f"beta={beta}: expected the teacher's weight, in [0, 1]")
     if name.startswith("skew") and not 0 <= alpha < 1:
-        raise ValueError(f"alpha={alpha} is outside [0, 1)")
+        raise UserError(f"alpha={alpha}: expected a skew in [0, 1)")
     return table[name]

@@ -13,15 +13,6 @@ from stillhouse.objectives.divergences import Divergence
 from stillhouse.records.language import LanguageOutput
 
 
-def mean_over(
-    mask: Bool[Tensor, "B T"], per_token: Float[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """Mean of a per-token quantity over the tokens that count; 0 when none does."""
-    # where, not a product: a masked position may hold inf or NaN, and 0 * inf is NaN.
-    kept = torch.where(mask, per_token, torch.zeros_like(per_token))
-    return kept.sum() / mask.sum().clamp_min(1)
-
-
 def log_probs(logits: Float[Tensor, "*N V"], temperature: float = 1.0) -> Float[Tensor, "*N V"]:
     """log softmax(logits / τ), computed in float32 or better."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -32,9 +23,8 @@ def token_cross_entropy(
     student: LanguageOutput, labels: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """-log Q(label), nats, mean over the unmasked tokens."""
-    log_q = log_probs(student.logits)
-    safe_labels = labels.masked_fill(~mask, 0)
-    return mean_over(mask, -log_q.gather(-1, safe_labels.unsqueeze(-1)).squeeze(-1))
+    log_q = log_probs(student.at(mask).logits)
+    return mean(-log_q.gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1))
 
 
 def token_divergence(
@@ -51,6 +41,11 @@ def token_divergence(
     that they share: both distributions are normalised over these.
     """
     shared = min(student.vocabulary_size, signal.vocabulary_size)
-    log_q = log_probs(student.logits[..., :shared], temperature)
-    log_p = log_probs(signal.logits[..., :shared].detach(), temperature)
-    return mean_over(mask, divergence(log_q, log_p))
+    log_q = log_probs(student.at(mask).logits[..., :shared], temperature)
+    log_p = log_probs(signal.at(mask).logits[..., :shared].detach(), temperature)
+    return mean(divergence(log_q, log_p))
+
+
+def mean(per_token: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Mean over tokens; 0, with a gradient of 0, when there are none."""
+    return per_token.sum() / max(1, per_token.numel())

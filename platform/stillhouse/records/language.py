@@ -72,17 +72,34 @@ class LanguageOutput:
     It serves as the student's output and as a live teacher's signal alike.
 
     Attributes:
-        hidden_states: [B, T, D], the last ones, as the head reads them.
+        hidden_states: [B, T, D], or rows [n, D]: the last ones, as the head reads them.
         head: from hidden states to logits.
     """
 
-    hidden_states: Float[Tensor, "B T D"]
+    hidden_states: Float[Tensor, "*N D"]
     head: VocabularyHead
 
     @cached_property
-    def logits(self) -> Float[Tensor, "B T V"]:
+    def logits(self) -> Float[Tensor, "*N V"]:
         """Logits of every position, computed once."""
         return self.head(self.hidden_states)
+
+    def at(self, mask: Bool[Tensor, "*N"]) -> "LanguageOutput":
+        """Return the output at the positions where `mask` is True, as rows [n, D].
+
+        What stands at other positions, inf and NaN included, then touches neither value nor
+        gradient, and the head is spared it. Asked again with the same mask, the same object comes
+        back, so that two terms of one loss share their logits.
+        """
+        kept = self._kept.get(id(mask))
+        if kept is None:
+            kept = LanguageOutput(hidden_states=self.hidden_states[mask], head=self.head)
+            self._kept[id(mask)] = kept
+        return kept
+
+    @cached_property
+    def _kept(self) -> "dict[int, LanguageOutput]":
+        return {}
 
     @property
     def vocabulary_size(self) -> int:

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def _hash_paths(node: Any, key: str = "") -> Any:
     return node
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_hash(target: str) -> str:
     """Hash the sources that a dotted `_target_` reaches; of an installed library, its version."""
     package = target.partition(".")[0]
@@ -98,7 +98,7 @@ def source_hash(target: str) -> str:
     return sha256_of(Path(spec.origin)) if spec and spec.origin else package
 
 
-@lru_cache(maxsize=None)
+@cache
 def _root(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None, package
@@ -137,7 +137,7 @@ def _closure(module: str) -> dict[str, Path]:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _imports(module: str, path: Path) -> tuple[str, ...]:
     """Return the project modules that a source file imports, at any depth of its code."""
     names: list[str] = []

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from stillhouse.config import overlay, signatures
+from stillhouse.config.essence import explain_differences
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.files import MANIFEST, SERIES, remove
+from stillhouse.files import CONFIG, MANIFEST, SERIES, remove
 from stillhouse.stages import artifacts
 from stillhouse.stages.artifacts import Manifest
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.stages.workspace import Workspace
 from stillhouse.tracking.report import print_outcome
-from stillhouse.tracking.runs import RunRecord, describe_run
+from stillhouse.tracking.runs import RunRecord, describe_run, is_sweep, read_results
 from stillhouse.tracking.tracker import Tracking
 
 # Files of an artifact that are not part of a product.
@@ -66,6 +67,9 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
         _print_plan(plan, workspace, console)
         return
 
+    if is_sweep() and _is_done(config, folder):
+        console.print(f"{folder}: done before, skipped")
+        return
     tracking: Tracking = instantiate(config.tracking)
     record = RunRecord.open(folder, describe_run(config, folder))
     record.write_config(config)
@@ -82,12 +86,31 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
                 )
                 record.add_models(manifest.models)
                 _keep_product(workspace)
-            if step.stage == config.stop_after:
-                break
     finally:
         with _storage_errors(workspace):
             record.gather_series([workspace.artifact(s.stage) for s in plan])
+    record.finish(stopped_early=plan[-1].stage != workspace.stages[-1])
     print_outcome(record, console)
+
+
+def _is_done(config: DictConfig, folder: Path) -> bool:
+    """Whether a job of a sweep that is run again ended well before.
+
+    Raises:
+        UserError: when the folder holds a run of another config.
+    """
+    results = read_results(folder)
+    if results is None or not (folder / CONFIG).is_file():
+        return False
+    saved = OmegaConf.load(folder / CONFIG)
+    assert isinstance(saved, DictConfig)
+    differences = explain_differences(saved, config)
+    if differences:
+        raise UserError(
+            f"{folder} holds a run whose config differs from this job's {differences}; give the "
+            "same keys, or another hydra.sweep.dir"
+        )
+    return results["status"] == "done" and not config.force
 
 
 def make_plan(workspace: Workspace) -> list[Step]:
@@ -168,7 +191,9 @@ def _make(
     _make_folder(output)
     began = time.monotonic()
     node = workspace.node(stage)
-    with tracking.stage(record.info, stage, node["_target_"].rpartition(".")[2], scratch) as tracker:
+    with tracking.stage(
+        record.info, stage, node["_target_"].rpartition(".")[2], scratch
+    ) as tracker:
         result: StageResult = instantiate(node, _recursive_=False, _convert_="all")(
             StageContext(stage, output, scratch, tracker, console)
         )

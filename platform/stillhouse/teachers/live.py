@@ -1,7 +1,5 @@
 """The live teacher: a frozen model that is run on every batch."""
 
-from typing import Self
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,9 +18,10 @@ class LiveTeacher(nn.Module):
         self.model = model.requires_grad_(False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "LiveTeacher":
         """Stay in eval mode: a teacher with dropout on gives another signal every time."""
-        return super().train(False)
+        super().train(False)
+        return self
 
     @torch.no_grad()
     def forward(self, batch: SequenceBatch) -> LanguageOutput:
@@ -48,6 +47,8 @@ def live_teacher(
     Raises:
         UserError: when no model lies there, or its tokenizer is another one than the data's.
     """
-    model = load_causal_lm(path, dtype=dtype, attn_implementation=attn_implementation, key="teacher")
+    model = load_causal_lm(
+        path, dtype=dtype, attn_implementation=attn_implementation, key="teacher"
+    )
     check_same_tokenizer(path, data.tokenizer, key="teacher")
     return LiveTeacher(model)

@@ -38,12 +38,16 @@ class SeriesLogger(Logger):
         """The file."""
         return self.path
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Do nothing: `config.yaml` is the record."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row a metric; Lightning's `epoch` is left out, a stage has one."""
-        rows = [(self.stage, step, name, float(v)) for name, v in metrics.items() if name != "epoch"]
+        rows = [
+            (self.stage, step, name, float(v)) for name, v in metrics.items() if name != "epoch"
+        ]
         append_rows(self.path, rows)
 
     def drop_after(self, step: int) -> None:

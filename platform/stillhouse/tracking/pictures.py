@@ -8,6 +8,9 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from cycler import cycler
+
+from stillhouse.tracking.folding import Band
 
 Curve = tuple[list[int], list[float]]
 SKIPPED = ("learning_rate",)
@@ -50,6 +53,30 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curve]], path: Path, title: st
     return path
 
 
+def draw_bands(bands: Mapping[str, Band], metric: str, path: Path, title: str) -> Path:
+    """Draw a curve a label, with the range of its repeats behind it."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    # Forty curves can be told apart before a look comes twice.
+    axis.set_prop_cycle(
+        cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=mpl.color_sequences["tab10"])
+    )
+    for label, band in bands.items():
+        plain = _plain(label)
+        (line,) = axis.plot(band.steps, band.mean, label=plain, linewidth=1.5, marker=".")
+        axis.fill_between(
+            band.steps, band.low, band.high, color=line.get_color(), alpha=0.15, linewidth=0
+        )
+    axis.set_xlabel("step")
+    axis.set_ylabel(metric)
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
 def draw_points(
     points: Mapping[str, tuple[float, float]], x: str, y: str, path: Path, title: str
 ) -> Path:
@@ -57,7 +84,8 @@ def draw_points(
     figure, axis = plt.subplots(figsize=(6, 4.5))
     for label, (horizontal, vertical) in points.items():
         axis.scatter([horizontal], [vertical], s=40)
-        axis.annotate(label, (horizontal, vertical), (6, 4), textcoords="offset points", fontsize=8)
+        place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+        axis.annotate(_plain(label), (horizontal, vertical), **place)
     axis.set_xscale("log")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -66,6 +94,12 @@ def draw_points(
     axis.margins(0.15)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    # A label may reach beyond the axes.
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return path
+
+
+def _plain(label: str) -> str:
+    """Keep matplotlib from reading a label as mathematics."""
+    return label.replace("$", r"\$")

@@ -12,10 +12,9 @@ from stillhouse.tracking.series import read_series
 
 
 def print_outcome(record: RunRecord, console: Console) -> None:
-    """Mark the run as done, draw its curves and print its table."""
+    """Draw a run's curves, print its table and say where everything lies."""
     from stillhouse.tracking.pictures import curves_of, draw_curves
 
-    record.finish()
     folder = record.folder
     if record.models:
         console.print(results_table(record.info.recipe, record.models))

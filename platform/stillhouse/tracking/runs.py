@@ -18,12 +18,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from stillhouse.files import CONFIG, RESULTS, SERIES, hash_json, write_json
-from stillhouse.stages.fingerprint import without_neutral_keys
+from stillhouse.config.essence import config_hash
+from stillhouse.files import CONFIG, RESULTS, SERIES, write_json
 from stillhouse.tracking.series import append_rows, read_series
-
-# Keys that say how a run is carried out and shown, not what it computes.
-CONDUCT = ("plan", "stop_after", "force", "resume", "tracking", "paths", "hydra", "debug")
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,14 @@ class RunInfo:
     config: Mapping[str, Any]
 
 
+def is_sweep() -> bool:
+    """Whether the running job is one of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode.name == "MULTIRUN"
+
+
 def describe_run(config: DictConfig, folder: Path) -> RunInfo:
     """Collect what is known of a run."""
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode.name == "MULTIRUN"
+    sweeping = is_sweep()
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
@@ -70,20 +72,6 @@ def describe_run(config: DictConfig, folder: Path) -> RunInfo:
         overrides=overrides,
         config={str(k): v for k, v in resolved.items()},
     )
-
-
-def essence(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved config without what cannot change a result: how, where, how visibly."""
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    return without_neutral_keys({k: v for k, v in resolved.items() if k not in CONDUCT})
-
-
-def config_hash(config: DictConfig) -> str:
-    """Hash a config without its seed: repeats of one setting share the hash."""
-    unseeded = config.copy()
-    unseeded.seed = 0
-    return hash_json(essence(unseeded))[:16]
 
 
 def git_revision() -> str | None:
@@ -159,9 +147,9 @@ class RunRecord:
         for role, numbers in models.items():
             self.models[role] = {**self.models.get(role, {}), **numbers}
 
-    def finish(self) -> None:
-        """Mark the run as done."""
-        self.status = "done"
+    def finish(self, *, stopped_early: bool) -> None:
+        """Mark the run as done, or as stopped where `stop_after` left stages out."""
+        self.status = "stopped" if stopped_early else "done"
         self.write()
 
     def write(self) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from lightning.pytorch.loggers import Logger
 
 from stillhouse.files import SERIES
-from stillhouse.tracking.runs import RunInfo
 from stillhouse.tracking.loggers import SeriesLogger
+from stillhouse.tracking.runs import RunInfo
 
 
 class StageTracker(Protocol):

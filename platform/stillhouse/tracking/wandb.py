@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from stillhouse.errors import UserError
 from stillhouse.files import SERIES, write_json
-from stillhouse.tracking.runs import RunInfo
 from stillhouse.tracking.loggers import SeriesLogger
+from stillhouse.tracking.runs import RunInfo
 
 IDS = "wandb_ids.json"
 
@@ -115,7 +115,7 @@ class WandbTracking:
         write_json(ids_file, ids)
         mode = self.mode
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         wandb_run = wandb.init(
             project=self.project,
             entity=self.entity,

@@ -16,15 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-BOOKS = (
-    "Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings "
-    "2_Kings 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes "
-    "Song_of_Solomon Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah "
-    "Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans "
-    "1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians "
-    "2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John "
-    "2_John 3_John Jude Revelation"
-).split()
+BOOKS = ["Genesis", "Exodus", "Leviticus", "Numbers", "Deuteronomy", "Joshua", "Judges", "Ruth", "1_Samuel", "2_Samuel", "1_Kings", "2_Kings", "1_Chronicles", "2_Chronicles", "Ezra", "Nehemiah", "Esther", "Job", "Psalms", "Proverbs", "Ecclesiastes", "Song_of_Solomon", "Isaiah", "Jeremiah", "Lamentations", "Ezekiel", "Daniel", "Hosea", "Joel", "Amos", "Obadiah", "Jonah", "Micah", "Nahum", "Habakkuk", "Zephaniah", "Haggai", "Zechariah", "Malachi", "Matthew", "Mark", "Luke", "John", "Acts", "Romans", "1_Corinthians", "2_Corinthians", "Galatians", "Ephesians", "Philippians", "Colossians", "1_Thessalonians", "2_Thessalonians", "1_Timothy", "2_Timothy", "Titus", "Philemon", "Hebrews", "James", "1_Peter", "2_Peter", "1_John", "2_John", "3_John", "Jude", "Revelation"]
 GRAM = 8
 SHARED = 0.1
 SHARE_OF_BYTES = {"test": 0.05, "validation": 0.05}
@@ -108,8 +100,10 @@ def main(verses: str) -> None:
     target = Path(__file__).with_name("king_james.txt.xz")
     content = ("\n\n".join(blocks) + "\n").encode()
     target.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
-    sizes = {s: sum(len("\n".join(t)) for c, t in chapters.items() if splits[c] == s)
-             for s in ("train", "validation", "test")}
+    sizes = {
+        s: sum(len("\n".join(t)) for c, t in chapters.items() if splits[c] == s)
+        for s in ("train", "validation", "test")
+    }
     print(f"{target}: {target.stat().st_size} bytes, {len(chapters)} chapters, characters {sizes}")
 
 

@@ -48,7 +48,7 @@ class SequenceDistiller(Distiller):
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         count = batch.mask.sum()
         self._tokens_in_window = self._tokens_in_window.to(count.device) + count
-        self.units_seen += batch.input_ids.numel() * self.trainer.world_size
+        self.units_seen += int(count) * self.trainer.world_size
         self.log_dict(
             {"train_loss": losses.total.detach()}
             | {f"train_{name}": value for name, value in losses.terms.items()},

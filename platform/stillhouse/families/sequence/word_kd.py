@@ -14,7 +14,9 @@ with D one of `objectives.divergences`. The factor τ^2 keeps the gradient's sca
 data a reverse KL is not the on-policy reverse KL of MiniLLM: the sequences are not the student's.
 """
 
-from stillhouse.objectives.divergences import named_divergence
+from stillhouse.errors import UserError
+from stillhouse.families.sequence.sft import sft
+from stillhouse.objectives.divergences import DivergenceName, named_divergence
 from stillhouse.objectives.tokens import token_cross_entropy, token_divergence
 from stillhouse.records.language import LanguageOutput, SequenceBatch
 from stillhouse.records.losses import LossTerms
@@ -25,7 +27,7 @@ def word_kd(
     signal: LanguageOutput,
     batch: SequenceBatch,
     *,
-    divergence: str = "forward_kl",
+    divergence: DivergenceName = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -44,7 +46,16 @@ def word_kd(
         temperature: τ of both distributions.
         scale_by_temperature_squared: whether the divergence is multiplied by τ^2.
         cross_entropy_weight: w in [0, 1].
+
+    Raises:
+        UserError: for a temperature or a weight outside its range.
     """
+    if temperature <= 0:
+        raise UserError(f"method.temperature={temperature}: expected a number above 0")
+    if not 0 <= cross_entropy_weight <= 1:
+        raise UserError(f"method.cross_entropy_weight={cross_entropy_weight}: expected 0 to 1")
+    if cross_entropy_weight == 1.0:
+        return sft(student, None, batch)
     measure = named_divergence(divergence, beta=beta, alpha=alpha)
     kd = token_divergence(student, signal, batch.mask, divergence=measure, temperature=temperature)
     terms = {divergence: kd.detach()}

@@ -1,0 +1,67 @@
+"""The command line as tests run it: in this process, or as a real one."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse import cli
+
+ROOT = Path(__file__).parents[1]
+TINY = ("debug=tiny", "tracking=csv", "paths.outputs=outputs")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Return the environment of a real command: offline, one thread, a cache of its own."""
+    paths = [str(ROOT / "platform"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "STILLHOUSE_CACHE": str(cache),
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    }
+
+
+def command_line(*arguments: str) -> list[str]:
+    """Return the words of `python run.py …`."""
+    return [sys.executable, str(ROOT / "run.py"), *arguments]
+
+
+def run_process(*arguments: str, folder: Path, cache: Path) -> Finished:
+    """Run `python run.py …` in `folder` as a process of its own."""
+    done = subprocess.run(
+        command_line(*arguments),
+        cwd=folder,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(capfd, *arguments: str) -> Finished:
+    """Run the command line in this process, in the present folder."""
+    capfd.readouterr()
+    code = cli.run(list(arguments))
+    captured = capfd.readouterr()
+    return Finished(code, captured.out, captured.err)
+
+
+def only_run(outputs: Path) -> Path:
+    """Return the one run directory below a folder of outputs."""
+    (results,) = outputs.glob("*/*/results.json")
+    return results.parent

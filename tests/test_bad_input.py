@@ -1,0 +1,272 @@
+"""Bad input: one line that names the key, the value, what was expected and how to mend it."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import ROOT, TINY, Finished, only_run, run_here, run_process
+
+RECIPES = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml"))
+KEYS_OF_WORD_KD = (
+    "divergence, beta, alpha, temperature, scale_by_temperature_squared, cross_entropy_weight"
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["experiment=word_kdd"],
+            "experiment=word_kdd: the group experiment has no such option; expected "
+            f"{', '.join(RECIPES)}; did you mean 'word_kd'?",
+        ),
+        (
+            ["teacher=life"],
+            "teacher=life: the group teacher has no such option; expected hf, live; "
+            "did you mean 'live'?",
+        ),
+        (
+            ["method.temprature=2"],
+            "method.temprature: the config has no such key; did you mean 'method.temperature'?",
+        ),
+        (
+            ["metod=sft"],
+            "metod: the config has no such key; did you mean 'method'?",
+        ),
+        (
+            ["max_steps=5"],
+            "max_steps: the config has no such key; did you mean "
+            "'stages.teacher.trainer.max_steps' or 'trainer.max_steps'?",
+        ),
+        (
+            ["stages.distil.trainer.max_steps=5"],
+            "stages.distil.trainer.max_steps: stages.distil.trainer is ${trainer}, the recipe's "
+            "main value; set trainer.max_steps=5",
+        ),
+        (
+            ["stages.teacher.learning_rate=3"],
+            "stages.teacher.learning_rate: the config has no such key; did you mean "
+            "'stages.teacher.optimizer.learning_rate' or 'optimizer.learning_rate'?",
+        ),
+        (
+            ["stages.techer.seed=3"],
+            "stages.techer.seed: the config has no such key; did you mean 'stages.teacher.seed'?",
+        ),
+        (
+            ["seed=abc"],
+            "seed: Value 'abc' of type 'str' could not be converted to Integer",
+        ),
+        (["trainer.max_steps=abc"], "trainer.max_steps=abc: expected int"),
+        (
+            ["method.divergence=kl"],
+            "method.divergence=kl: expected forward_kl or reverse_kl or jsd or skew_forward_kl or "
+            "skew_reverse_kl or total_variation",
+        ),
+        (
+            ["+method.tau=3"],
+            f"method.tau: word_kd takes no 'tau'; it takes {KEYS_OF_WORD_KD}",
+        ),
+        (
+            ["+method.temprature=3"],
+            f"method.temprature: word_kd takes no 'temprature'; it takes {KEYS_OF_WORD_KD}; "
+            "did you mean 'temperature'?",
+        ),
+        (["teacher=hf"], "teacher.path has no value; set it with teacher.path=<value>"),
+        (
+            ["teacher=hf", "teacher.path=/no/such/model"],
+            "teacher.path=/no/such/model: there is no such file or folder",
+        ),
+        (
+            ["stop_after=distill"],
+            "stop_after=distill: this recipe has no stage of that name; its stages are tokenizer, "
+            "teacher, distil, alone, evaluate; did you mean 'distil'?",
+        ),
+        (
+            ["force=[teachr]"],
+            "force=teachr: this recipe has no stage of that name; its stages are tokenizer, "
+            "teacher, distil, alone, evaluate; did you mean 'teacher'?",
+        ),
+        (
+            ["stages.teacher=null"],
+            "stages.evaluate needs the artifact of the stage 'teacher', which this recipe does not "
+            "have (it is set to null); its stages are tokenizer, distil, alone, evaluate",
+        ),
+        (
+            ["resume=nowhere"],
+            "resume=nowhere: the folder does not exist; expected one that a run wrote, with "
+            "config.yaml and .hydra/ in it, such as outputs/<recipe>/<time>",
+        ),
+        (
+            ["resume=."],
+            "resume=.: the folder is no run directory; expected one that a run wrote, with "
+            "config.yaml and .hydra/ in it, such as outputs/<recipe>/<time>",
+        ),
+        (
+            ["=3"],
+            "the argument '=3' is not of the form key=value; quote values with spaces or commas as "
+            "a whole: 'key=[a,b]'",
+        ),
+        (
+            ["--config-name", "comparre"],
+            "--config-name comparre: there is no such job; expected compare, run; "
+            "did you mean 'compare'?",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_one_line_and_nothing_left_behind(capfd, here: Path, arguments, line: str) -> None:
+    own = [] if "--config-name" in arguments else TINY
+    assert run_here(capfd, *own, *arguments) == Finished(2, "", f"error: {line}\n")
+    assert not list(here.rglob("*.yaml")), "a run that never began left files"
+
+
+def test_a_teacher_folder_without_config(capfd, here: Path) -> None:
+    (here / "teacher").mkdir()
+    (here / "teacher" / "tokenizer.json").write_text("{}")
+    done = run_here(capfd, *TINY, "teacher=hf", "teacher.path=./teacher")
+    assert done == Finished(
+        2,
+        "",
+        "error: teacher.path=./teacher: the folder has no config.json; expected a model saved with "
+        "save_pretrained, for example the student/ of a run directory\n",
+    )
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_training(capfd, here: Path) -> None:
+    small = run_here(capfd, *TINY, "experiment=sft", "stages.tokenizer.vocab_size=270")
+    assert small.code == 0, small.err
+    other = run_here(capfd, *TINY, "experiment=sft", "paths.outputs=other")
+    assert other.code == 0, other.err
+    teacher, data = only_run(here / "outputs") / "student", only_run(here / "other") / "student"
+    done = run_here(
+        capfd,
+        *TINY,
+        "paths.outputs=third",
+        "teacher=hf",
+        f"teacher.path={teacher}",
+        f"data.tokenizer_path={data}",
+    )
+    assert done.code == 2
+    assert "step" not in done.out, "training had begun"
+    assert done.err.startswith(
+        f"error: teacher.path={teacher}: its tokenizer has 270 tokens, the data's 300, and "
+    )
+    assert done.err.endswith(
+        "the methods of this family compare distributions over one vocabulary: give the data the "
+        f"teacher's tokenizer with data.tokenizer_path={teacher} and train the student from "
+        "scratch on it\n"
+    )
+    assert done.err.count("\n") == 1
+
+
+def test_resuming_with_another_config_shows_the_difference(capfd, here: Path) -> None:
+    assert run_here(capfd, *TINY, "experiment=sft").code == 0
+    folder = only_run(here / "outputs")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    done = run_here(
+        capfd, *TINY, "experiment=sft", "optimizer.learning_rate=0.5", "seed=7", f"resume={folder}"
+    )
+    assert done == Finished(
+        2,
+        "",
+        f"error: resume={folder}: its config differs from this command's (2 keys, then -> now): "
+        "optimizer.learning_rate: 0.008 -> 0.5; seed: 0 -> 7; give the same keys, or start a new "
+        "run\n",
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_file_in_the_place_of_the_cache(capfd, here: Path) -> None:
+    (here / "cache").write_text("not a folder")
+    done = run_here(capfd, *TINY)
+    assert done.code == 2
+    assert done.err == (
+        f"error: the folder {here / 'cache'} cannot be made: File exists: {here / 'cache'}; move "
+        "what is in its way, or choose another cache with paths.cache=<folder>\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "step=1.ckpt"])
+def test_no_room_on_the_disk(capfd, here: Path, monkeypatch, name: str) -> None:
+    """A full disk while the teacher is written, or its checkpoint."""
+    import lightning.fabric.utilities.cloud_io as lightning_io
+    import transformers.modeling_utils as modeling
+
+    full = OSError(errno.ENOSPC, "No space left on device", f"/full/{name}")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise full
+
+    if name.endswith("safetensors"):
+        monkeypatch.setattr(modeling, "safe_save_file", refuse)
+    else:
+        monkeypatch.setattr(lightning_io.torch, "save", refuse)
+    done = run_here(capfd, *TINY)
+    assert done.code == 2
+    folder = only_run(here / "outputs")
+    assert done.err == (
+        f"error: no space left on the disk for /full/{name}; free some, or move the cache "
+        f"({here / 'cache'}) with paths.cache=<folder>; then go on with "
+        f"resume={folder}\n"
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert results["stages"]["teacher"]["status"] == "failed"
+    assert not list((here / "cache").glob("teacher-*[0-9a-f]/")), "half a teacher in the cache"
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    again = run_here(capfd, f"resume={folder}")
+    assert again.code == 0, again.err
+
+
+def test_a_nan_loss_stops_with_step_and_batch(capfd, here: Path) -> None:
+    done = run_here(
+        capfd,
+        *TINY,
+        "experiment=sft",
+        "trainer.max_steps=30",
+        "trainer.gradient_clip_val=null",
+        "optimizer.learning_rate=1.0e+30",
+        "callbacks.checkpoint.checkpoint_every_n_steps=1",
+    )
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("error: ")
+    assert "step" in done.err
+    folder = only_run(here / "outputs")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "failed"
+    assert results["stages"]["train"]["status"] == "failed"
+    assert "TrainingDiverged" in results["stages"]["train"]["error"]
+
+
+def test_a_sweep_over_several_devices_is_refused(capfd, here: Path) -> None:
+    done = run_here(capfd, *TINY, "-m", "seed=0,1", "trainer.devices=2", "hydra.sweep.dir=sweep")
+    assert done.code == 2
+    reason = (
+        "trainer.devices=2 with -m: every device would start the whole sweep again; give each job "
+        "a process of its own with a launcher (hydra/launcher=…), or loop over single runs in the "
+        "shell"
+    )
+    assert f"job 0 failed: {reason}\n" in done.err
+    assert "error: 2 of 2 jobs failed:\n" in done.err
+
+
+def test_a_key_tried_in_the_command_of_the_shell(tmp_path: Path) -> None:
+    """The same through a real process: nothing but the line on stderr."""
+    done = run_process("method.temprature=2", folder=tmp_path, cache=tmp_path / "cache")
+    assert done == Finished(
+        2,
+        "",
+        "error: method.temprature: the config has no such key; did you mean "
+        "'method.temperature'?\n",
+    )
+    shutil.rmtree(tmp_path)

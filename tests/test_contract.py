@@ -1,0 +1,130 @@
+"""The contract of every recipe: it composes, binds, trains, resumes, exports, refuses typos."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, TINY, only_run, run_here
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillhouse.config import preflight, signatures
+from stillhouse.schema import register_schemas
+from stillhouse.stages.workspace import register_resolvers
+
+CONF = ROOT / "conf"
+RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def compose(recipe: str, *overrides: str):
+    register_schemas()
+    register_resolvers()
+    return preflight.compose_job([f"experiment={recipe}", *overrides], CONF)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_composes_and_says_what_it_is(recipe: str) -> None:
+    config = compose(recipe)
+    OmegaConf.to_container(config, resolve=True)
+    assert config.recipe == recipe
+    assert config.summary
+    assert config.duration
+    assert config.product is None or config.product in config.models
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_target_is_bound_and_every_parameter_listed(recipe: str) -> None:
+    config = compose(recipe)
+    stages = [name for name, node in config.stages.items() if node is not None]
+    signatures.check(config, stages)
+    for path, node in signatures.nodes_with_targets(config, stages):
+        target = get_object(node._target_)
+        if not getattr(target, "__module__", "").startswith("stillhouse"):
+            continue
+        missing = set(signatures.keywords_of(target) or {}) - set(node)
+        assert not missing, f"{path} does not list {missing}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_recipe_takes_two_steps_and_exports(capfd, here: Path, recipe: str, precision) -> None:
+    done = run_here(capfd, *TINY, f"experiment={recipe}", f"trainer.precision={precision}")
+    assert done.code == 0, done.err
+    folder = only_run(here / "outputs")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "done"
+    assert {s["status"] for s in results["stages"].values()} <= {"done", "cached"}
+    for numbers in results["models"].values():
+        assert all(torch.isfinite(torch.tensor(float(v))) for v in numbers.values()), numbers
+    product = results["models"][OmegaConf.load(folder / "config.yaml").product]
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    assert student.num_parameters() == product["parameters"]
+    assert len(tokenizer) == student.config.vocab_size
+    assert (folder / "pictures" / "loss.png").stat().st_size > 5000
+    assert not (folder / "work").exists() or not list((folder / "work").iterdir())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_goes_on_where_it_stopped(capfd, here: Path, recipe: str) -> None:
+    """Stopped before its last stage and resumed: the early stages are skipped, the rest is done."""
+    stages = [name for name, node in compose(recipe).stages.items() if node is not None]
+    first = run_here(capfd, *TINY, f"experiment={recipe}", f"stop_after={stages[-2]}")
+    assert first.code == 0, first.err
+    folder = only_run(here / "outputs")
+    before = {p: p.stat().st_mtime_ns for p in (folder / "stages").rglob("*") if p.is_file()}
+    again = run_here(capfd, f"resume={folder}", *TINY, f"experiment={recipe}")
+    assert again.code == 0, again.err
+    assert (
+        before.items()
+        <= {p: p.stat().st_mtime_ns for p in (folder / "stages").rglob("*") if p.is_file()}.items()
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["stages"]) == stages
+    assert results["status"] == "done"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_unknown_key_is_refused_with_a_hint(capfd, here: Path, recipe: str) -> None:
+    done = run_here(capfd, f"experiment={recipe}", "trainer.max_step=3")
+    assert done.code == 2
+    assert done.err == (
+        "error: trainer.max_step: the config has no such key; did you mean 'trainer.max_steps'?\n"
+    )
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if compose(r).teacher is not None])
+def test_the_teacher_is_unchanged_and_in_no_checkpoint(
+    capfd, here: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.families.distiller import Distiller
+
+    contents: list[set[str]] = []
+    keep = Distiller.on_save_checkpoint
+
+    def watch(self: Distiller, checkpoint: dict) -> None:
+        keep(self, checkpoint)
+        contents.append(set(checkpoint["state_dict"]))
+
+    monkeypatch.setattr(Distiller, "on_save_checkpoint", watch)
+    first = run_here(capfd, *TINY, f"experiment={recipe}", "stop_after=teacher")
+    assert first.code == 0, first.err
+    folder = only_run(here / "outputs")
+    teacher = load_file(folder / "stages" / "teacher" / "model.safetensors")
+    contents.clear()
+    again = run_here(capfd, f"resume={folder}", *TINY, f"experiment={recipe}")
+    assert again.code == 0, again.err
+    assert contents, "no checkpoint was written"
+    assert not [name for names in contents for name in names if name.startswith("teacher")]
+    after = load_file(folder / "stages" / "teacher" / "model.safetensors")
+    assert all(torch.equal(teacher[name], after[name]) for name in teacher)

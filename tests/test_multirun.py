@@ -1,0 +1,49 @@
+"""Sweeps: a failed job leaves the others running, and only what is missing runs again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import TINY, run_here
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_one_failure_leaves_the_others_and_is_run_again_alone(capfd, here: Path) -> None:
+    # Job 1 fails: its temperature is refused by the method when the loss is first computed.
+    sweep = ("-m", "experiment=sft", "seed=0,1,2", "hydra.sweep.dir=sweep")
+    blocked = here / "sweep" / "1" / "stages"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("in the way")
+    done = run_here(capfd, *TINY, *sweep)
+    assert done.code == 2
+    status = {
+        number: json.loads((here / "sweep" / number / "results.json").read_text())["status"]
+        for number in "012"
+    }
+    assert status == {"0": "done", "1": "failed", "2": "done"}
+    assert "error: 1 of 3 jobs failed:\n  job 1 (" in done.err
+
+    blocked.unlink()
+    before = {n: (here / "sweep" / n / "results.json").stat().st_mtime_ns for n in "02"}
+    again = run_here(capfd, *TINY, *sweep)
+    assert again.code == 0, again.err
+    assert again.out.count("train: step") == 1, "finished jobs ran again"
+    assert before == {n: (here / "sweep" / n / "results.json").stat().st_mtime_ns for n in "02"}
+    results = [json.loads((here / "sweep" / n / "results.json").read_text()) for n in "012"]
+    assert {r["status"] for r in results} == {"done"}
+    assert len({r["config_hash"] for r in results}) == 1, "the hash must not hold the seed"
+    assert len({r["models"]["student"]["test_nll"] for r in results}) == 3
+
+
+def test_an_old_sweep_with_another_config_is_refused(capfd, here: Path) -> None:
+    sweep = ("-m", "experiment=sft", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert run_here(capfd, *TINY, *sweep).code == 0
+    done = run_here(capfd, *TINY, *sweep, "optimizer.learning_rate=0.5")
+    assert done.code == 2
+    assert "optimizer.learning_rate: 0.008 -> 0.5" in done.err

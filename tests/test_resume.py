@@ -1,0 +1,98 @@
+"""A killed run goes on where it was: resumed equals uninterrupted, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from commands import TINY, command_line, environment, only_run, run_process
+from safetensors.torch import load_file
+
+# One short document, so that the stages run across several epochs of their data.
+LONG = (
+    *TINY,
+    "trainer.max_steps=60",
+    "stages.teacher.trainer.max_steps=60",
+    "trainer.val_check_interval=25",
+    "stages.teacher.trainer.val_check_interval=25",
+    "callbacks.checkpoint.checkpoint_every_n_steps=4",
+    "data.max_train_documents=1",
+    "stages.teacher.data.max_train_documents=1",
+    "data.shift_windows=true",
+    # Dropout makes every step depend on the state of the random generator.
+    "student.attention_dropout=0.1",
+)
+SETTINGS = {
+    "alone in the process": ("data.num_workers=0",),
+    "two workers, accumulation": (
+        "data.num_workers=2",
+        "trainer.accumulate_grad_batches=2",
+        "stages.teacher.trainer.accumulate_grad_batches=2",
+    ),
+}
+
+
+def kill_within(stage: str, arguments: tuple[str, ...], folder: Path, cache: Path) -> int:
+    """Start the command and SIGKILL it at a random step of a stage; return the last step seen."""
+    wanted = random.randint(5, 50)
+    process = subprocess.Popen(
+        command_line(*arguments),
+        cwd=folder,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    seen = 0
+    deadline = time.monotonic() + 200
+    while seen < wanted:
+        assert process.poll() is None, f"the command ended before step {wanted} of {stage}"
+        assert time.monotonic() < deadline
+        series = [*folder.glob(f"outputs/*/*/work/{stage}/metrics.csv")]
+        series += cache.glob(f"{stage}-*.work/metrics.csv")
+        for path in series:
+            rows = path.read_text().splitlines()[1:]
+            seen = max([seen, *(int(r.split(",")[1]) for r in rows[:-1])])
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return seen
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_killed_in_every_stage_and_resumed_equals_uninterrupted(tmp_path: Path, setting) -> None:
+    arguments = (*LONG, *SETTINGS[setting])
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    done = run_process(*arguments, folder=whole, cache=tmp_path / "cache of whole")
+    assert done.code == 0, done.err
+
+    cache = tmp_path / "cache of broken"
+    kill_within("teacher", arguments, broken, cache)
+    folder = only_run(broken / "outputs")
+    again = (f"resume={folder}",)
+    kill_within("distil", again, broken, cache)
+    kill_within("alone", again, broken, cache)
+    last = run_process(*again, folder=broken, cache=cache)
+    assert last.code == 0, last.err
+    assert "alone: going on from step" in last.out
+
+    reference = only_run(whole / "outputs")
+    for stage in ("teacher", "distil", "alone"):
+        expected = load_file(reference / "stages" / stage / "model.safetensors")
+        resumed = load_file(folder / "stages" / stage / "model.safetensors")
+        assert expected.keys() == resumed.keys()
+        for name, tensor in expected.items():
+            assert tensor.equal(resumed[name]), f"{stage}: {name} differs"
+        series = (reference / "stages" / stage / "metrics.csv").read_text()
+        assert series == (folder / "stages" / stage / "metrics.csv").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    expected_models = json.loads((reference / "results.json").read_text())["models"]
+    for role, numbers in results["models"].items():
+        assert numbers["test_nll"] == expected_models[role]["test_nll"]
+    assert {s["status"] for s in results["stages"].values()} <= {"done", "cached"}
