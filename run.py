@@ -1,4 +1,4 @@
-"""The one door: `python run.py experiment=… key=value`; `python run.py --help` lists the recipes."""
+"""The one door: `python run.py experiment=… key=value`; `--help` lists the recipes."""
 
 from stillhouse.cli import main
 

@@ -39,7 +39,7 @@ def command_line(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), *arguments]
 
 
-def run_process(*arguments: str, folder: Path, cache: Path) -> Finished:
+def run_process(*arguments: str, folder: Path, cache: Path, seconds: float = 300) -> Finished:
     """Run `python run.py …` in `folder` as a process of its own."""
     done = subprocess.run(
         command_line(*arguments),
@@ -47,7 +47,7 @@ def run_process(*arguments: str, folder: Path, cache: Path) -> Finished:
         env=environment(cache),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)

@@ -179,7 +179,7 @@ def test_resuming_with_another_config_shows_the_difference(capfd, here: Path) ->
         2,
         "",
         f"error: resume={folder}: its config differs from this command's (2 keys, then -> now): "
-        "optimizer.learning_rate: 0.008 -> 0.5; seed: 0 -> 7; give the same keys, or start a new "
+        "optimizer.learning_rate: 0.004 -> 0.5; seed: 0 -> 7; give the same keys, or start a new "
         "run\n",
     )
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}

@@ -46,4 +46,4 @@ def test_an_old_sweep_with_another_config_is_refused(capfd, here: Path) -> None:
     assert run_here(capfd, *TINY, *sweep).code == 0
     done = run_here(capfd, *TINY, *sweep, "optimizer.learning_rate=0.5")
     assert done.code == 2
-    assert "optimizer.learning_rate: 0.008 -> 0.5" in done.err
+    assert "optimizer.learning_rate: 0.004 -> 0.5" in done.err

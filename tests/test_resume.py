@@ -63,7 +63,32 @@ def kill_within(stage: str, arguments: tuple[str, ...], folder: Path, cache: Pat
     return seen
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+def test_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        command_line(*TINY, "experiment=sft", "trainer.max_steps=5000"),
+        cwd=tmp_path,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("outputs/*/*/work/train/checkpoints/*.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    folder = only_run(tmp_path / "outputs")
+    assert out.endswith(f"interrupted; go on with: python run.py resume={folder}\n")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["alone in the process", pytest.param("two workers, accumulation", marks=pytest.mark.slow)],
+)
 def test_killed_in_every_stage_and_resumed_equals_uninterrupted(tmp_path: Path, setting) -> None:
     arguments = (*LONG, *SETTINGS[setting])
     whole, broken = tmp_path / "whole", tmp_path / "broken"

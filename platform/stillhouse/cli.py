@@ -43,7 +43,6 @@ def run(argv: list[str]) -> int:
             return 0
         _hydra(argv, outcomes)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         return _tell(error, argv)
@@ -99,6 +98,7 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
     In a sweep, failures are collected in `outcomes` so that the other jobs go on.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from hydra.utils import get_method
 
     from stillhouse.config import messages, preflight
@@ -106,7 +106,7 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     job = get_method(config._target_)
-    if hydra_config.mode.name != "MULTIRUN":
+    if hydra_config.mode != RunMode.MULTIRUN:
         try:
             return job(config, folder)
         except Exception:

@@ -8,7 +8,7 @@ class UserError(ValueError):
     """A mistake or an obstacle outside the code: printed as one line, exit code 2."""
 
 
-class TrainingDiverged(UserError):
+class TrainingDiverged(UserError):  # noqa: N818 - as in StopIteration: an outcome
     """The loss or a parameter stopped being a finite number."""
 
 

@@ -1,4 +1,4 @@
-"""Files of runs and artifacts: their names, their checksums, and writing them whole or not at all."""
+"""Files of runs and artifacts: names, checksums, and writing them whole or not at all."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The typed skeleton of a config: what every job knows. Methods' signatures are their own schema."""
+"""The typed skeleton of a config: what every job knows; signatures are the rest of the schema."""
 
 from dataclasses import dataclass, field
 from typing import Any

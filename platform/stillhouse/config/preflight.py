@@ -106,7 +106,7 @@ def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> 
         )
     rest = [o for o in overrides if not o.startswith("resume=")]
     if not rest:
-        kept = [o for o in OmegaConf.load(kept_file) if not o.startswith("resume=")]
+        kept = [str(o) for o in OmegaConf.load(kept_file) if not str(o).startswith("resume=")]
         argv, rest = [*argv, *kept], kept
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)

@@ -172,9 +172,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str)
     if origin in (list, tuple, Sequence) or hint in (list, tuple):
         return isinstance(value, list)
-    if origin is dict or hint is dict:
-        return False
-    return True
+    return not (origin is dict or hint is dict)
 
 
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:

@@ -41,13 +41,15 @@ def held_out_quality(
         sums[name] = sums.get(name, 0.0) + per_token[mask].double().sum().item()
 
     for batch in batches:
-        log_q = log_probs(read_output(model, batch).logits)
+        student_logits = read_output(model, batch).logits
+        log_q = log_probs(student_logits)
         nll = -log_q.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
         add("test_nll", nll, batch.mask)
         tokens += int(batch.mask.sum())
         if reference is None:
             continue
-        logits = read_output(reference, batch).logits
+        same = reference is model
+        logits = student_logits if same else read_output(reference, batch).logits
         shared = min(logits.shape[-1], log_q.shape[-1])
         log_p = log_probs(logits[..., :shared])
         log_q = log_q[..., :shared].log_softmax(-1)

@@ -3,9 +3,10 @@
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from stillhouse.data.language import LanguageData
 from stillhouse.evaluation.language import held_out_quality
@@ -56,8 +57,8 @@ def language_models(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load(role: str):  # type: ignore[no-untyped-def]
-        model = load_causal_lm(
+    def load(role: str) -> PreTrainedModel:
+        model: Any = load_causal_lm(
             models[role], dtype=dtype, attn_implementation="sdpa", key=f"models.{role}"
         )
         return model.to(device).eval()
@@ -69,7 +70,7 @@ def language_models(
     numbers: dict[str, Mapping[str, float | int]] = {}
     samples: list[tuple[str, str, str]] = []
     for role, path in models.items():
-        model = load(role)
+        model = teacher if teacher is not None and role == reference else load(role)
         quality = held_out_quality(model, teacher, batches, text_bytes=text_bytes)
         speed = size_and_speed(
             model, context=speed_context, new_tokens=speed_new_tokens, repeats=speed_repeats

@@ -1,6 +1,7 @@
 """Continuations of fixed prompts, to read what numbers do not say."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,13 +27,14 @@ def continuations(
         temperature: 0 takes the likeliest token.
         seed: of the draws, the same for every model, so that differences are the models'.
     """
+    generator: Any = model
     texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         ids = inputs["input_ids"].to(model.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            output = model.generate(
+            output = generator.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,

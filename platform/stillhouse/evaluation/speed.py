@@ -25,7 +25,7 @@ def size_and_speed(
         `peak_memory_mb`: parameters plus what prefill and decoding added to the peak, in 10^6
         bytes; left out where the system does not tell a process its peak.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(model.config.vocab_size)
     prompt = torch.arange(context, device=model.device).remainder(vocabulary).unsqueeze(0)
     parameters = {id(p): p for p in model.parameters()}.values()
 

@@ -1,1 +1,1 @@
-"""What a recipe is made of: stages, the artifacts they hand on, and the runner that resumes them."""
+"""What a recipe is made of: stages, the artifacts they hand on, the runner that resumes them."""

@@ -29,7 +29,8 @@ class Evaluate:
         """Evaluate; write `models.json` and `samples.json`, and log the samples as a table."""
         models = {role: path for role, path in self.models.items() if path is not None}
         data = instantiate(self.data, _recursive_=False)(self.seed)
-        evaluated = instantiate(self.evaluator)(models, data)
+        with context.console.status(f"{context.name}: {', '.join(models)}"):
+            evaluated = instantiate(self.evaluator)(models, data)
         write_json(context.output / "models.json", evaluated.models)
         write_json(context.output / "samples.json", evaluated.samples)
         context.tracker.table("samples", ["model", "prompt", "continuation"], evaluated.samples)

@@ -101,7 +101,8 @@ def source_hash(target: str) -> str:
 @cache
 def _root(package: str) -> Path:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, package
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent.parent
 
 

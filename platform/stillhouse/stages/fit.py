@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint
 
 from stillhouse.errors import UserError
 from stillhouse.families.checkpoints import latest_checkpoint
@@ -62,28 +63,33 @@ class Fit:
             student, teacher, instantiate(self.method), instantiate(self.optimizer)
         )
         progress = StageProgress(context.name, context.console)
-        nodes = [node for node in self.callbacks.values() if node is not None]
+        callbacks = [instantiate(node) for node in self.callbacks.values() if node is not None]
         trainer: pl.Trainer = instantiate(self.trainer)(
             default_root_dir=context.scratch,
             logger=context.tracker.loggers or False,
-            callbacks=[progress, *(instantiate(node) for node in nodes)],
+            callbacks=[progress, *callbacks],
+            # Without a checkpoint callback of its own, Lightning would add one.
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
             enable_progress_bar=True,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
         if trainer.max_steps < 1:
             raise UserError(
-                f"stage {context.name}: trainer.max_steps is {trainer.max_steps}; expected 1 or more"
+                f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
             )
         with warnings.catch_warnings():
             for message in LIGHTNING_CHATTER:
                 warnings.filterwarnings("ignore", message=message)
-            trainer.fit(
-                module,
-                datamodule=data,
-                ckpt_path=latest_checkpoint(context.scratch),
-                weights_only=False,
-            )
+            try:
+                trainer.fit(
+                    module,
+                    datamodule=data,
+                    ckpt_path=latest_checkpoint(context.scratch),
+                    weights_only=True,
+                )
+            except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from stopped
         if trainer.is_global_zero:
             module.export(context.output, data)
         return StageResult(metrics=module.summary())

@@ -57,7 +57,7 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
         UserError: when a key, a value, a folder or an outside file keeps a stage from running.
     """
     console = Console(highlight=False, soft_wrap=True)
-    _quiet_libraries()
+    quiet_libraries()
     overlay.apply(config)
     workspace = Workspace(run=folder, cache=Path(config.paths.cache).expanduser(), config=config)
     _check_names(workspace)
@@ -86,6 +86,9 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
                 )
                 record.add_models(manifest.models)
                 _keep_product(workspace)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: python run.py resume={folder}")
+        raise
     finally:
         with _storage_errors(workspace):
             record.gather_series([workspace.artifact(s.stage) for s in plan])
@@ -230,7 +233,7 @@ def _keep_product(workspace: Workspace) -> None:
     partial.rename(target)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the terminal to our own bars: no library's bar, tip or banner among them."""
     from transformers.utils import logging as transformers_logging
 
@@ -287,8 +290,8 @@ def _storage_errors(workspace: Workspace) -> Iterator[None]:
         if full or "No space left on device" in str(error):
             name = getattr(error, "filename", None)
             raise UserError(
-                f"no space left on the disk{f' for {name}' if name else ''}; free some, or move the "
-                f"cache ({workspace.cache}) with paths.cache=<folder>; then go on with "
+                f"no space left on the disk{f' for {name}' if name else ''}; free some, or move "
+                f"the cache ({workspace.cache}) with paths.cache=<folder>; then go on with "
                 f"resume={workspace.run}"
             ) from error
         raise

@@ -7,7 +7,7 @@ gives the path that the artifact has in every run directory, whether or not it e
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Workspace:
     run: Path
     cache: Path
     config: DictConfig
+    _fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def stages(self) -> list[str]:
@@ -96,7 +97,12 @@ class Workspace:
         return {k: v for k, v in node.items() if k not in RUNNER_KEYS}
 
     def fingerprint(self, stage: str) -> str:
-        """Return the hash of everything that decides a stage's result."""
+        """Return the hash of everything that decides a stage's result, computed once."""
+        if stage not in self._fingerprints:
+            self._fingerprints[stage] = self._fingerprint(stage)
+        return self._fingerprints[stage]
+
+    def _fingerprint(self, stage: str) -> str:
         with references(lambda name: f"artifact {self.fingerprint(self._known(name, stage))}"):
             node = self._resolve(stage)
         return fingerprint(node)
@@ -134,7 +140,7 @@ class Workspace:
             )
         if order.index(name) >= order.index(asked_by):
             raise UserError(
-                f"stages.{asked_by} needs the artifact of the stage {name!r}, which comes after it; "
-                "a stage can only name earlier ones"
+                f"stages.{asked_by} needs the artifact of the stage {name!r}, which comes after "
+                "it; a stage can only name earlier ones"
             )
         return name

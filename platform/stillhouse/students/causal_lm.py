@@ -58,9 +58,8 @@ def llama(
         bos_token_id=data.tokenizer.bos_token_id,
         eos_token_id=data.tokenizer.eos_token_id,
         pad_token_id=data.tokenizer.pad_token_id,
-        attn_implementation=attn_implementation,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
 
 
 def pretrained(
@@ -84,7 +83,7 @@ def pretrained(
     model = load_causal_lm(
         path, dtype=dtype, attn_implementation=attn_implementation, key="student"
     )
-    tokens, rows = len(data.tokenizer), model.get_output_embeddings().weight.shape[0]
+    tokens, rows = len(data.tokenizer), vocabulary_head(model).weight.shape[0]
     if tokens > rows:
         raise UserError(
             f"student.path={path}: the model knows {rows} tokens, the data's tokenizer {tokens}; "

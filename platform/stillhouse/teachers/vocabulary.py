@@ -23,7 +23,7 @@ def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: 
     differing = [t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t)]
     raise UserError(
         f"{key}.path={path}: its tokenizer has {len(theirs)} tokens, the data's {len(ours)}, and "
-        f"{len(differing)} of them differ (the first: {differing[0]!r}); the methods of this family "
-        "compare distributions over one vocabulary: give the data the teacher's tokenizer with "
-        f"data.tokenizer_path={path} and train the student from scratch on it"
+        f"{len(differing)} of them differ (the first: {differing[0]!r}); the methods of this "
+        "family compare distributions over one vocabulary: give the data the teacher's tokenizer "
+        f"with data.tokenizer_path={path} and train the student from scratch on it"
     )

@@ -81,7 +81,7 @@ class StageProgress(ProgressBar):
         rate = units / max(now - self._began, 1e-9)
         loss = trainer.callback_metrics.get("train_loss", trainer.progress_bar_metrics.get("loss"))
         facts = f"loss {float(loss):.3f}  " if loss is not None else ""
-        facts += f"{_short(rate)} {pl_module.unit}/s"
+        facts += f"{_short(float(rate))} {pl_module.unit}/s"
         if self._progress is not None:
             task = self._progress.task_ids[0]
             self._progress.update(task, completed=trainer.global_step, facts=facts)

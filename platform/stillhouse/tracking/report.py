@@ -30,11 +30,12 @@ def print_outcome(record: RunRecord, console: Console) -> None:
         (SERIES, "step series"),
         ("config.yaml", "the resolved config"),
         ("stages", "every stage's artifact"),
+        ("stages/evaluate/samples.json", "continuations of the prompts, by model"),
     ):
         if (folder / name).exists():
-            console.print(f"  {name:<18} {what}")
+            console.print(f"  {name:<29} {what}")
     if (folder / "wandb").exists():
-        console.print(f"  {'wandb':<18} send with: wandb sync {folder}/wandb/offline-run-*")
+        console.print(f"  {'wandb':<29} send with: wandb sync {folder}/wandb/offline-run-*")
 
 
 def results_table(title: str, models: Mapping[str, Mapping[str, Any]]) -> Table:

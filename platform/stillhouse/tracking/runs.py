@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from stillhouse.config.essence import config_hash
@@ -52,7 +53,7 @@ class RunInfo:
 
 def is_sweep() -> bool:
     """Whether the running job is one of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode.name == "MULTIRUN"
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def describe_run(config: DictConfig, folder: Path) -> RunInfo:

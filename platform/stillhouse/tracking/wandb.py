@@ -12,11 +12,10 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from stillhouse.errors import UserError
 from stillhouse.files import SERIES, write_json
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.runs import RunInfo
@@ -78,7 +77,7 @@ class WandbTracking:
         *,
         project: str,
         entity: str | None = None,
-        mode: str = "auto",
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
         group: str | None = None,
         tags: list[str] | None = None,
     ) -> None:
@@ -89,14 +88,8 @@ class WandbTracking:
             entity: W&B user or team; null takes the account's own.
             mode: `online`, `offline`, `disabled`, or `auto`: online with an API key, else offline.
             group: of the runs; null takes the sweep, or the run itself.
-            tags: of the runs; the recipe's name is added.
-
-        Raises:
-            UserError: for another mode.
+            tags: of the runs; the recipe's name and the stage's class are added.
         """
-        modes = ("auto", "online", "offline", "disabled")
-        if mode not in modes:
-            raise UserError(f"tracking.mode={mode}: expected {', '.join(modes)}")
         self.project = project
         self.entity = entity
         self.mode = mode
@@ -119,7 +112,7 @@ class WandbTracking:
         wandb_run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             id=ids[name],
             resume="allow" if known and mode == "online" else None,
             name=f"{run.name}/{name}",

@@ -16,7 +16,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-BOOKS = ["Genesis", "Exodus", "Leviticus", "Numbers", "Deuteronomy", "Joshua", "Judges", "Ruth", "1_Samuel", "2_Samuel", "1_Kings", "2_Kings", "1_Chronicles", "2_Chronicles", "Ezra", "Nehemiah", "Esther", "Job", "Psalms", "Proverbs", "Ecclesiastes", "Song_of_Solomon", "Isaiah", "Jeremiah", "Lamentations", "Ezekiel", "Daniel", "Hosea", "Joel", "Amos", "Obadiah", "Jonah", "Micah", "Nahum", "Habakkuk", "Zephaniah", "Haggai", "Zechariah", "Malachi", "Matthew", "Mark", "Luke", "John", "Acts", "Romans", "1_Corinthians", "2_Corinthians", "Galatians", "Ephesians", "Philippians", "Colossians", "1_Thessalonians", "2_Thessalonians", "1_Timothy", "2_Timothy", "Titus", "Philemon", "Hebrews", "James", "1_Peter", "2_Peter", "1_John", "2_John", "3_John", "Jude", "Revelation"]
+BOOKS = """
+Genesis, Exodus, Leviticus, Numbers, Deuteronomy, Joshua, Judges, Ruth, 1 Samuel, 2 Samuel,
+1 Kings, 2 Kings, 1 Chronicles, 2 Chronicles, Ezra, Nehemiah, Esther, Job, Psalms, Proverbs,
+Ecclesiastes, Song of Solomon, Isaiah, Jeremiah, Lamentations, Ezekiel, Daniel, Hosea, Joel,
+Amos, Obadiah, Jonah, Micah, Nahum, Habakkuk, Zephaniah, Haggai, Zechariah, Malachi,
+Matthew, Mark, Luke, John, Acts, Romans, 1 Corinthians, 2 Corinthians, Galatians, Ephesians,
+Philippians, Colossians, 1 Thessalonians, 2 Thessalonians, 1 Timothy, 2 Timothy, Titus,
+Philemon, Hebrews, James, 1 Peter, 2 Peter, 1 John, 2 John, 3 John, Jude, Revelation
+"""
 GRAM = 8
 SHARED = 0.1
 SHARE_OF_BYTES = {"test": 0.05, "validation": 0.05}
@@ -26,14 +34,15 @@ def read_chapters(verses: Path) -> dict[tuple[str, int], list[str]]:
     """Read lines `Ge1:1 In the beginning …` into (book, chapter) -> verses."""
     chapters: dict[tuple[str, int], list[str]] = defaultdict(list)
     books: list[str] = []
+    names = [name.strip() for name in BOOKS.split(",")]
     for line in verses.read_text(encoding="ascii").splitlines():
         reference, text = line.split(" ", 1)
         place, _ = reference.split(":")
         book = place.rstrip("0123456789")
         if not books or books[-1] != book:
             books.append(book)
-        chapters[BOOKS[len(books) - 1].replace("_", " "), int(place[len(book) :])].append(text)
-    assert len(books) == len(BOOKS), books
+        chapters[names[len(books) - 1], int(place[len(book) :])].append(text)
+    assert len(books) == len(names), books
     return dict(chapters)
 
 

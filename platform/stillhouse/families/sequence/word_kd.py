@@ -1,6 +1,6 @@
 """Word-level knowledge distillation.
 
-Yoon Kim and Alexander M. Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947 (Sec. 3.1);
+Yoon Kim and Alexander M. Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947;
 Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network",
 arXiv:1503.02531 (temperature).
 

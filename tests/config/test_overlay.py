@@ -1,0 +1,44 @@
+"""The debug overlay: wherever a leaf of that name stands, save where the user set it."""
+
+from omegaconf import OmegaConf
+
+from stillhouse.config import overlay
+
+
+def config():
+    return OmegaConf.create(
+        {
+            "debug": {"everywhere": {"max_steps": 2, "limit": 5}},
+            "trainer": {"max_steps": 300, "limit": None},
+            "stages": {
+                "teacher": {"trainer": {"max_steps": 900}, "list": [{"max_steps": 7}]},
+                "student": {"trainer": "${trainer}"},
+            },
+        }
+    )
+
+
+def test_every_leaf_of_the_name_is_set_and_interpolations_stay() -> None:
+    laid = config()
+    overlay.apply(laid, set())
+    assert laid.trainer == {"max_steps": 2, "limit": 5}
+    assert laid.stages.teacher.trainer.max_steps == 2
+    assert laid.stages.teacher.list[0].max_steps == 2
+    assert OmegaConf.is_interpolation(laid.stages.student, "trainer")
+    assert laid.stages.student.trainer.max_steps == 2
+
+
+def test_what_the_user_set_wins() -> None:
+    laid = config()
+    laid.trainer.max_steps = 40
+    overlay.apply(laid, {"trainer.max_steps"})
+    assert laid.trainer.max_steps == 40
+    assert laid.stages.teacher.trainer.max_steps == 2
+
+
+def test_no_overlay_changes_nothing() -> None:
+    plain = config()
+    plain.debug = None
+    before = OmegaConf.to_yaml(plain)
+    overlay.apply(plain, set())
+    assert OmegaConf.to_yaml(plain) == before
