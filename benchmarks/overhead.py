@@ -79,7 +79,7 @@ def bare_loop(
 
 
 class TakeTurns(pl.Callback):
-    """After every `block` steps of the trainer, let the other side take as many; print at the end."""
+    """After every `block` steps of the trainer, let the other side take as many."""
 
     def __init__(self, *, block: int) -> None:
         self.block = block
