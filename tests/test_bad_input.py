@@ -161,9 +161,8 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_training(capfd, here
         f"error: teacher.path={teacher}: its tokenizer has 270 tokens, the data's 300, and "
     )
     assert done.err.endswith(
-        "the methods of this family compare distributions over one vocabulary: give the data the "
-        f"teacher's tokenizer with data.tokenizer_path={teacher} and train the student from "
-        "scratch on it\n"
+        "this family compares distributions over one vocabulary, so teacher, student and data need "
+        f"one tokenizer: set data.tokenizer_path={teacher}; student=llama is made for any\n"
     )
     assert done.err.count("\n") == 1
 

@@ -71,6 +71,13 @@ def test_a_recipe_is_one_run_a_stage(capfd, here: Path) -> None:
     assert config["stages"]["teacher"]["student"]["hidden_size"] == 32
     assert config["config_hash"] == results["config_hash"]
     assert config["git"] == results["git"]
+    sizes = {
+        u.key: json.loads(u.value_json)
+        for r in of_kind(found["distil"], "config")
+        for u in r.update
+    }
+    assert sizes["student_parameters"] == results["models"]["student"]["parameters"]
+    assert sizes["teacher_parameters"] == results["models"]["teacher"]["parameters"]
 
     metrics = of_kind(found["distil"], "metric")
     assert any(m.glob_name == "*" and m.step_metric == "step" for m in metrics)

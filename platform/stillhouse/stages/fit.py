@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
 
 from stillhouse.errors import UserError
 from stillhouse.families.checkpoints import latest_checkpoint
@@ -62,6 +63,10 @@ class Fit:
         module: Distiller = instantiate(self.family)(
             student, teacher, instantiate(self.method), instantiate(self.optimizer)
         )
+        sizes = {"student_parameters": number_of_parameters(student)}
+        if teacher is not None:
+            sizes["teacher_parameters"] = number_of_parameters(teacher)
+        context.tracker.describe(sizes)
         progress = StageProgress(context.name, context.console)
         callbacks = [instantiate(node) for node in self.callbacks.values() if node is not None]
         trainer: pl.Trainer = instantiate(self.trainer)(
@@ -92,4 +97,9 @@ class Fit:
                 raise KeyboardInterrupt from stopped
         if trainer.is_global_zero:
             module.export(context.output, data)
-        return StageResult(metrics=module.summary())
+        return StageResult(metrics={**sizes, **module.summary()})
+
+
+def number_of_parameters(module: nn.Module) -> int:
+    """Count parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from stillhouse.data.language import LanguageData
+from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.records.language import LanguageOutput, SequenceBatch, VocabularyHead
 
@@ -72,23 +73,18 @@ def pretrained(
     """Load any causal language model as a student.
 
     Args:
-        data: its vocabulary must fit into the model's.
+        data: its tokenizer must be the model's own.
         path: model folder, or an id of the hub.
         dtype: torch dtype of the weights; `auto` keeps the stored one.
         attn_implementation: attention of `transformers`.
 
     Raises:
-        UserError: when no model lies there, or the data's tokenizer has more tokens than it.
+        UserError: when no model lies there, or its tokenizer is another one than the data's.
     """
     model = load_causal_lm(
         path, dtype=dtype, attn_implementation=attn_implementation, key="student"
     )
-    tokens, rows = len(data.tokenizer), vocabulary_head(model).weight.shape[0]
-    if tokens > rows:
-        raise UserError(
-            f"student.path={path}: the model knows {rows} tokens, the data's tokenizer {tokens}; "
-            f"use its own with data.tokenizer_path={path}"
-        )
+    check_same_tokenizer(path, data.tokenizer, key="student")
     return model.train()
 
 
@@ -170,11 +166,6 @@ def _check_head(model: PreTrainedModel, where: str) -> None:
             f"{where}: the head of {type(model).__name__} is more than a linear layer with scale "
             "and soft-cap, which the families of this package do not read yet"
         )
-
-
-def architecture_of(path: str) -> str:
-    """Return the `model_type` of a model folder."""
-    return str(AutoConfig.from_pretrained(path).model_type)
 
 
 def _one_line(error: Exception) -> str:

@@ -5,9 +5,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stillhouse.data.language import LanguageData
+from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.records.language import LanguageOutput, SequenceBatch
 from stillhouse.students.causal_lm import load_causal_lm, read_output
-from stillhouse.teachers.vocabulary import check_same_tokenizer
 
 
 class LiveTeacher(nn.Module):

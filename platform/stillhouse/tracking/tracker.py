@@ -20,6 +20,10 @@ class StageTracker(Protocol):
         """Lightning's loggers of step series."""
         ...
 
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Add what is known only once the stage has built its objects to the run's config."""
+        ...
+
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table."""
         ...
@@ -62,6 +66,9 @@ class FileTracker:
     def loggers(self) -> list[Logger]:
         """The CSV series, or nothing."""
         return [self.series] if self.series is not None else []
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Do nothing: `config.yaml` and the stage's metrics hold the facts."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Do nothing: the stage wrote the table to its artifact."""

@@ -48,6 +48,10 @@ class WandbTracker:
         """The CSV series and W&B."""
         return [self.series, self._logger]
 
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Add facts to the run's config."""
+        self.run.config.update(dict(facts))
+
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a `wandb.Table`."""
         import wandb

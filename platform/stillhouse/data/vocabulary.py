@@ -14,16 +14,20 @@ def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: 
         key: where the path stands in the config, for the message.
 
     Raises:
-        UserError: when the vocabularies differ, naming the first difference.
+        UserError: when there is no tokenizer, or the vocabularies differ; names the first difference.
     """
-    other = AutoTokenizer.from_pretrained(path)
+    try:
+        other = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{key}.path={path}: its tokenizer cannot be loaded: {reason}") from error
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
     differing = [t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t)]
     raise UserError(
         f"{key}.path={path}: its tokenizer has {len(theirs)} tokens, the data's {len(ours)}, and "
-        f"{len(differing)} of them differ (the first: {differing[0]!r}); the methods of this "
-        "family compare distributions over one vocabulary: give the data the teacher's tokenizer "
-        f"with data.tokenizer_path={path} and train the student from scratch on it"
+        f"{len(differing)} of them differ (the first: {differing[0]!r}); this family compares "
+        "distributions over one vocabulary, so teacher, student and data need one tokenizer: set "
+        f"data.tokenizer_path={path}; student=llama is made for any"
     )
