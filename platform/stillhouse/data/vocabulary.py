@@ -14,7 +14,7 @@ def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: 
         key: where the path stands in the config, for the message.
 
     Raises:
-        UserError: when there is no tokenizer, or the vocabularies differ; names the first difference.
+        UserError: when there is no tokenizer, or its vocabulary differs from the data's.
     """
     try:
         other = AutoTokenizer.from_pretrained(path)
