@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, TINY, Finished, only_run, run_here, run_process
+from filelock import FileLock
 
 RECIPES = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml"))
 KEYS_OF_WORD_KD = (
@@ -162,7 +163,8 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_training(capfd, here
     )
     assert done.err.endswith(
         "this family compares distributions over one vocabulary, so teacher, student and data need "
-        f"one tokenizer: set data.tokenizer_path={teacher}; student=llama is made for any\n"
+        "one tokenizer: take a teacher and a student of one family (teacher=hf teacher.path=…, "
+        "which the data follow); student=llama is made for any\n"
     )
     assert done.err.count("\n") == 1
 
@@ -226,37 +228,68 @@ def test_no_room_on_the_disk(capfd, here: Path, monkeypatch, name: str) -> None:
     assert again.code == 0, again.err
 
 
-def test_a_nan_loss_stops_with_step_and_batch(capfd, here: Path) -> None:
+def test_a_nan_loss_stops_with_step_and_batch_and_keeps_the_last_good_checkpoint(
+    capfd, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.families.sequence import sft as module
+
+    original = module.token_cross_entropy
+    calls: list[int] = []
+
+    def poisoned(*args: object):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(module, "token_cross_entropy", poisoned)
     done = run_here(
         capfd,
         *TINY,
         "experiment=sft",
-        "trainer.max_steps=30",
-        "trainer.gradient_clip_val=null",
-        "optimizer.learning_rate=1.0e+30",
+        "trainer.max_steps=9",
+        "trainer.val_check_interval=9",
         "callbacks.checkpoint.checkpoint_every_n_steps=1",
     )
     assert done.code == 2
-    assert done.err.count("\n") == 1
-    assert done.err.startswith("error: ")
-    assert "step" in done.err
+    assert done.err == (
+        "error: the loss is nan at step 4, batch 4; an earlier checkpoint, if there is one, is "
+        "kept; lower optimizer.learning_rate, or clip with trainer.gradient_clip_val\n"
+    )
     folder = only_run(here / "outputs")
     results = json.loads((folder / "results.json").read_text())
-    assert results["status"] == "failed"
-    assert results["stages"]["train"]["status"] == "failed"
-    assert "TrainingDiverged" in results["stages"]["train"]["error"]
+    assert results["status"] == results["stages"]["train"]["status"] == "failed"
+    assert "the loss is nan at step 4" in results["stages"]["train"]["error"]
+    assert (folder / "work" / "train" / "checkpoints" / "step=4.ckpt").is_file()
+    assert "train_loss" in (folder / "metrics.csv").read_text(), "the curve up to the fault is kept"
 
 
-def test_a_sweep_over_several_devices_is_refused(capfd, here: Path) -> None:
-    done = run_here(capfd, *TINY, "-m", "seed=0,1", "trainer.devices=2", "hydra.sweep.dir=sweep")
-    assert done.code == 2
-    reason = (
-        "trainer.devices=2 with -m: every device would start the whole sweep again; give each job "
-        "a process of its own with a launcher (hydra/launcher=…), or loop over single runs in the "
-        "shell"
+@pytest.mark.parametrize("place", ["trainer", "stages.teacher.trainer"])
+def test_a_sweep_over_several_devices_is_refused(capfd, here: Path, place: str) -> None:
+    done = run_here(capfd, *TINY, "-m", "seed=0,1", f"{place}.devices=2", "hydra.sweep.dir=sweep")
+    assert done == Finished(
+        2,
+        "",
+        f"error: {place}.devices=2 with -m: every device would start the whole sweep again; give "
+        "each job a process of its own with a launcher (hydra/launcher=…), or loop over single "
+        "runs in the shell\n",
     )
-    assert f"job 0 failed: {reason}\n" in done.err
-    assert "error: 2 of 2 jobs failed:\n" in done.err
+    assert not list(here.iterdir())
+
+
+def test_several_devices_are_refused_until_they_are_built(capfd, here: Path) -> None:
+    done = run_here(capfd, *TINY, "trainer.devices=2")
+    assert done.err == (
+        "error: trainer.devices=2, num_nodes=1: this version trains on one device; set "
+        "trainer.devices=1\n"
+    )
+
+
+def test_two_processes_do_not_share_a_run_directory(capfd, here: Path) -> None:
+    assert run_here(capfd, *TINY, "experiment=sft", "stop_after=tokenizer").code == 0
+    folder = only_run(here / "outputs")
+    with FileLock(folder / ".lock"):
+        done = run_here(capfd, f"resume={folder}")
+    assert done.code == 2
+    assert done.err == f"error: {folder}: another process is working in this run directory\n"
 
 
 def test_a_key_tried_in_the_command_of_the_shell(tmp_path: Path) -> None:

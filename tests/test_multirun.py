@@ -15,7 +15,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_failure_leaves_the_others_and_is_run_again_alone(capfd, here: Path) -> None:
-    # Job 1 fails: its temperature is refused by the method when the loss is first computed.
+    # Job 1 fails: a file lies where its artifacts belong.
     sweep = ("-m", "experiment=sft", "seed=0,1,2", "hydra.sweep.dir=sweep")
     blocked = here / "sweep" / "1" / "stages"
     blocked.parent.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The wheel carries the config, and `stillhouse` works from any folder."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,3 +70,11 @@ def test_cfg_job_shows_what_would_run(capfd) -> None:
     assert done.out.count("max_steps: 7") == 3
     part = run_here(capfd, "--cfg", "job", "--package", "method")
     assert part.out.startswith("_target_: stillhouse.families.sequence.word_kd.word_kd\n")
+
+
+def test_constraints_are_plain_pins() -> None:
+    """pip takes no editable or local requirement as a constraint."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert len(pins) > 50
+    assert [p for p in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+", p)] == []

@@ -123,3 +123,33 @@ def test_a_teacher_from_outside_needs_no_stage(capfd, here: Path) -> None:
     results = json.loads((only_run(here / "second") / "results.json").read_text())
     assert list(results["stages"]) == ["distil", "alone", "evaluate"]
     assert results["models"]["teacher"]["kl_to_teacher"] < 1e-6
+
+
+def test_what_one_command_asked_is_not_asked_again_by_resume(capfd, here: Path) -> None:
+    """`stop_after`, `plan` and `force` speak of one command; the run's own keys are kept."""
+    assert run_here(capfd, *TINY, "seed=3", "stop_after=teacher").code == 0
+    folder = only_run(here / "outputs")
+    planned = run_here(capfd, "plan=true", f"resume={folder}")
+    assert planned.code == 0, planned.err
+    assert "nothing was run" in planned.out
+    done = run_here(capfd, f"resume={folder}", "tracking=none")
+    assert done.code == 0, done.err
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "done"
+    assert results["seed"] == 3
+
+
+def test_scratch_begun_by_another_version_is_not_gone_on_with(
+    capfd, here: Path, monkeypatch
+) -> None:
+    from stillhouse.families.sequence.module import SequenceDistiller
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SequenceDistiller, "export", lambda *args: 1 / 0)
+        assert run_here(capfd, *TINY, "experiment=sft").code == 1
+    folder = only_run(here / "outputs")
+    assert list((folder / "work" / "train" / "checkpoints").iterdir())
+    (folder / "work" / "train" / "fingerprint").write_text("of another version")
+    again = run_here(capfd, f"resume={folder}")
+    assert again.code == 0, again.err
+    assert "going on from step" not in again.out

@@ -101,8 +101,13 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
     from hydra.types import RunMode
     from hydra.utils import get_method
 
-    from stillhouse.config import messages, preflight
+    from stillhouse.config import messages
+    from stillhouse.schema import register_schemas
+    from stillhouse.stages.workspace import register_resolvers
 
+    # A launcher may run the job in a process that has not come through `run`.
+    register_schemas()
+    register_resolvers()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     job = get_method(config._target_)
@@ -114,7 +119,6 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
             raise
     outcome = arguments.Outcome(str(hydra_config.job.num), hydra_config.job.override_dirname)
     try:
-        preflight.refuse_several_devices(config)
         job(config, folder)
     except Exception as error:
         line = messages.one_line(error, [], config_folder())

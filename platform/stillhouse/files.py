@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -14,7 +15,13 @@ MANIFEST = "manifest.json"
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file's content."""
+    """Return the hex sha256 of a file's content; a file that did not change is read once."""
+    known = path.stat()
+    return _sha256_of(path.resolve(), known.st_size, known.st_mtime_ns, known.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, size: int, modified: int, inode: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,5 +1,6 @@
 """One line for what Hydra, OmegaConf or a stage found wrong, with the nearest valid names."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,8 +17,13 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     cause: Any = error
-    while cause.__cause__ is not None and not isinstance(cause, MissingConfigException):
+    while cause.__cause__ is not None and not isinstance(cause, MissingConfigException | UserError):
         cause = cause.__cause__
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        return (
+            f"{error.filename}: {error.strerror}; choose another place with paths.outputs=<folder> "
+            "or paths.cache=<folder>"
+        )
     # OmegaConf keeps of an error inside a resolver nothing but its text.
     inside = re.search(r"UserError raised while resolving interpolation: ([^\n]*)", str(error))
     if inside:

@@ -17,6 +17,9 @@ from stillhouse.files import CONFIG
 from stillhouse.schema import register_schemas
 from stillhouse.stages.workspace import register_resolvers
 
+# Overrides that speak of one command and not of the run.
+FOR_ONE_COMMAND = ("resume=", "plan=", "stop_after=", "force=")
+
 
 def prepare(argv: list[str], conf: Path) -> list[str]:
     """Register what Hydra must know; check `resume`, `plan` and misplaced keys; return the argv.
@@ -37,10 +40,13 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
         return [re.sub(r"^(baseline=)([^'\"].*=.*)$", r'\1"\2"', a) for a in argv]
     _refuse_what_is_no_override(overrides)
     values = dict(o.split("=", 1) for o in overrides if "=" in o)
-    if "resume" in values:
+    resumed = "resume" in values
+    if resumed:
         argv = _resume(Path(values["resume"]), argv, overrides, conf)
-    elif values.get("plan", "").lower() == "true":
-        argv = [*argv, "hydra.run.dir=.", "hydra.output_subdir=null"]
+    if values.get("plan", "").lower() == "true":
+        argv = [*argv, "hydra.output_subdir=null", *([] if resumed else ["hydra.run.dir=."])]
+    if {"-m", "--multirun"} & set(options):
+        _refuse_devices_of_a_sweep(overrides, conf)
     if any(o.startswith(("stages.", "+stages.")) for o in overrides):
         _refuse_interpolated_keys(overrides, conf)
     return argv
@@ -76,23 +82,40 @@ def shown_config(argv: list[str], conf: Path) -> str:
     return OmegaConf.to_yaml(config, resolve="--resolve" in argv)
 
 
-def refuse_several_devices(config: DictConfig) -> None:
-    """Refuse a sweep in this process tree whose jobs take more than one device.
+def refuse_several_devices(config: DictConfig, *, sweep: bool) -> None:
+    """Refuse stages that take more than one device: with a reason of its own in a sweep.
 
     Raises:
         UserError: with the way out.
     """
-    trainer = config.get("trainer")
-    if trainer is None:
-        return
-    devices, nodes = trainer.get("devices"), trainer.get("num_nodes", 1)
-    count = len(devices) if isinstance(devices, list | ListConfig) else devices
-    if str(count) not in ("1", "None") or nodes > 1:
+    places = ["trainer", *(f"stages.{name}.trainer" for name in config.stages)]
+    for place in places:
+        trainer = OmegaConf.select(config, place)
+        if trainer is None or "devices" not in trainer:
+            continue
+        count = len(trainer.devices) if isinstance(trainer.devices, ListConfig) else trainer.devices
+        if count == 1 and trainer.num_nodes == 1:
+            continue
+        where = f"{place}.devices={trainer.devices}"
+        if sweep:
+            raise UserError(
+                f"{where} with -m: every device would start the whole sweep again; give each job a "
+                "process of its own with a launcher (hydra/launcher=…), or loop over single runs "
+                "in the shell"
+            )
         raise UserError(
-            f"trainer.devices={devices} with -m: every device would start the whole sweep again; "
-            "give each job a process of its own with a launcher (hydra/launcher=…), or loop over "
-            "single runs in the shell"
+            f"{where}, num_nodes={trainer.num_nodes}: this version trains on one device; set "
+            f"{place}.devices=1"
         )
+
+
+def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
+    """Refuse a sweep over several devices before Hydra has made its folder."""
+    try:
+        config = compose_job([o for o in overrides if not _is_sweep(o)], conf)
+    except Exception:  # Hydra composes the same again and its error is told from there
+        return
+    refuse_several_devices(config, sweep=True)
 
 
 def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> list[str]:
@@ -104,20 +127,19 @@ def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> 
             f"resume={folder}: the folder {what}; expected one that a run wrote, with {CONFIG} and "
             ".hydra/ in it, such as outputs/<recipe>/<time>"
         )
-    rest = [o for o in overrides if not o.startswith("resume=")]
-    if not rest:
-        kept = [str(o) for o in OmegaConf.load(kept_file) if not str(o).startswith("resume=")]
-        argv, rest = [*argv, *kept], kept
+    kept = [str(o) for o in OmegaConf.load(kept_file) if not str(o).startswith(FOR_ONE_COMMAND)]
+    given = [o for o in overrides if not o.startswith(("resume=", "hydra."))]
+    options, _ = split(argv)
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
-    now = compose_job([o for o in rest if not o.startswith("hydra.")], conf)
+    now = compose_job([*kept, *given], conf)
     differences = explain_differences(saved, now)
     if differences:
         raise UserError(
             f"resume={folder}: its config differs from this command's {differences}; give the same "
             "keys, or start a new run"
         )
-    return [*argv, f"hydra.run.dir={folder}"]
+    return [*options, *kept, *given, f"hydra.run.dir={folder}"]
 
 
 def _refuse_interpolated_keys(overrides: list[str], conf: Path) -> None:
@@ -179,9 +201,8 @@ def nearest_keys(config: DictConfig, key: str) -> list[str]:
 def _leaves(node: Any, prefix: str = "") -> Any:
     if isinstance(node, DictConfig):
         for key in node:
-            below = f"{prefix}{key}"
-            if OmegaConf.is_interpolation(node, str(key)) or OmegaConf.is_missing(node, key):
-                yield below
-            else:
-                yield below
-                yield from _leaves(node[key], f"{below}.")
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_interpolation(node, str(key)) and not OmegaConf.is_missing(
+                node, key
+            ):
+                yield from _leaves(node[key], f"{prefix}{key}.")

@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stillhouse.data.corpora.corpus import Corpus, Split
 from stillhouse.data.stream import BatchStream
+from stillhouse.data.vocabulary import load_tokenizer
 from stillhouse.data.windows import TokenWindows, collate_windows
 from stillhouse.errors import UserError
 from stillhouse.records.language import SequenceBatch
@@ -87,11 +88,7 @@ class LanguageData(pl.LightningDataModule):
         path = self.tokenizer_path
         if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
             raise UserError(f"data.tokenizer_path={path}: the folder holds no tokenizer")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"data.tokenizer_path={path} cannot be loaded: {reason}") from error
+        tokenizer = load_tokenizer(path, key="data.tokenizer_path")
         if tokenizer.eos_token_id is None:
             raise UserError(f"data.tokenizer_path={path}: the tokenizer has no end token")
         return tokenizer

@@ -16,11 +16,7 @@ def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: 
     Raises:
         UserError: when there is no tokenizer, or its vocabulary differs from the data's.
     """
-    try:
-        other = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}.path={path}: its tokenizer cannot be loaded: {reason}") from error
+    other = load_tokenizer(path, key=f"{key}.path")
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
@@ -28,6 +24,24 @@ def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: 
     raise UserError(
         f"{key}.path={path}: its tokenizer has {len(theirs)} tokens, the data's {len(ours)}, and "
         f"{len(differing)} of them differ (the first: {differing[0]!r}); this family compares "
-        "distributions over one vocabulary, so teacher, student and data need one tokenizer: set "
-        f"data.tokenizer_path={path}; student=llama is made for any"
+        "distributions over one vocabulary, so teacher, student and data need one tokenizer: "
+        "take a teacher and a student of one family (teacher=hf teacher.path=…, which the data "
+        "follow); student=llama is made for any"
     )
+
+
+def load_tokenizer(path: str, *, key: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        UserError: when there is none that can be read; `key` is named.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the libraries below raise whatever a broken file makes them
+        raise UserError(f"{key}={path}: no tokenizer can be loaded: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's text in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,5 +1,6 @@
 """Checkpoints to go on from after a kill: the newest one, whole or not at all."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ def checkpoint_folder(scratch: Path) -> Path:
 def latest_checkpoint(scratch: Path) -> Path | None:
     """Return the checkpoint of the highest step, or None."""
     found = checkpoint_folder(scratch).glob("step=*.ckpt")
-    return max(found, key=lambda path: int(path.stem.partition("=")[2]), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimiser step after which a checkpoint was written."""
+    return int(checkpoint.stem.partition("=")[2])
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -43,12 +49,17 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         """Write a checkpoint when enough optimiser steps have passed."""
         step = trainer.global_step
-        if step == self._last_step or step % self.checkpoint_every_n_steps:
+        if step - self._last_step < self.checkpoint_every_n_steps or step >= trainer.max_steps:
+            return
+        # Going on from here would skip a validation that follows this batch: wait for the next one.
+        if trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0:
             return
         self._last_step = step
         folder = checkpoint_folder(Path(trainer.default_root_dir))
         older = list(folder.glob("step=*.ckpt"))
-        trainer.save_checkpoint(folder / f"step={step}.ckpt")
+        partial = folder / "partial.ckpt"
+        trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
+            os.replace(partial, folder / f"step={step}.ckpt")
             for path in older:
                 path.unlink(missing_ok=True)

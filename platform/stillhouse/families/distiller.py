@@ -45,6 +45,7 @@ class Distiller(pl.LightningModule):
         self.teacher = teacher
         self.method = method
         self.units_seen = 0
+        self._batch_index = 0
         self._optimizer = optimizer
         self._generators: dict[str, Any] | None = None
         # The teacher is not in the checkpoint, so a strict load would miss it.
@@ -69,24 +70,36 @@ class Distiller(pl.LightningModule):
         Raises:
             TrainingDiverged: naming the step and the batch.
         """
+        self._batch_index = batch_index
         if not torch.isfinite(loss):
             raise TrainingDiverged(
                 f"the loss is {loss.item()} at step {self.global_step}, batch {batch_index}; "
-                "the last good checkpoint is kept; lower optimizer.learning_rate, or clip with "
+                "an earlier checkpoint, if there is one, is kept; lower "
+                "optimizer.learning_rate, or clip with "
                 "trainer.gradient_clip_val"
             )
 
+    def stop_if_parameters_not_finite(self) -> None:
+        """Keep and export no student that holds NaN or infinity.
+
+        Raises:
+            TrainingDiverged: naming the parameter, the step and the batch.
+        """
+        for name, parameter in self.student.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise TrainingDiverged(
+                    f"{name} is not finite any more at step {self.global_step}, batch "
+                    f"{self._batch_index}; an earlier checkpoint, if there is one, is kept; lower "
+                    "optimizer.learning_rate, or clip with trainer.gradient_clip_val"
+                )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out, add the generators' states, refuse to keep NaN."""
+        self.stop_if_parameters_not_finite()
         frozen = set() if self.teacher is None else {id(t) for t in tensors_of(self.teacher)}
         for name, tensor in self._named_tensors():
             if id(tensor) in frozen:
                 checkpoint["state_dict"].pop(name, None)
-            elif isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
-                raise TrainingDiverged(
-                    f"{name} is not finite any more at step {self.global_step}; the checkpoint "
-                    "before it is kept; lower optimizer.learning_rate"
-                )
         checkpoint["generators"] = generator_states()
         checkpoint["units_seen"] = self.units_seen
 

@@ -41,7 +41,10 @@ Divergence = Callable[[LogProbs, LogProbs], Float[Tensor, "*N"]]
 
 def _expectation_of_log_ratio(log_a: LogProbs, log_b: LogProbs) -> Float[Tensor, "*N"]:
     """KL(A, B) = Σ A (log A - log B), with 0 log 0 = 0 and no NaN in the gradient."""
-    ratio = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
+    impossible = log_a == -torch.inf
+    ratio = log_a - log_b
+    if impossible.any():  # seldom: only then is another pass over the vocabulary worth its time
+        ratio = ratio.masked_fill(impossible, 0.0)
     return (log_a.exp() * ratio).sum(-1)
 
 
@@ -117,9 +120,9 @@ def named_divergence(name: str, *, beta: float, alpha: float) -> Divergence:
         "total_variation": total_variation,
     }
     if name not in table:
-        raise UserError(f"divergence={name}: expected one of {', '.join(table)}")
+        raise UserError(f"method.divergence={name}: expected one of {', '.join(table)}")
     if name == "jsd" and not 0 <= beta <= 1:
-        raise UserError(f"beta={beta}: expected the teacher's weight, in [0, 1]")
+        raise UserError(f"method.beta={beta}: expected the teacher's weight, in [0, 1]")
     if name.startswith("skew") and not 0 <= alpha < 1:
-        raise UserError(f"alpha={alpha}: expected a skew in [0, 1)")
+        raise UserError(f"method.alpha={alpha}: expected a skew in [0, 1)")
     return table[name]

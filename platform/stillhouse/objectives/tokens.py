@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stillhouse.objectives.divergences import Divergence
-from stillhouse.records.language import LanguageOutput
+from stillhouse.records.language import LanguageOutput, LanguageSignal
 
 
 def log_probs(logits: Float[Tensor, "*N V"], temperature: float = 1.0) -> Float[Tensor, "*N V"]:
@@ -29,7 +29,7 @@ def token_cross_entropy(
 
 def token_divergence(
     student: LanguageOutput,
-    signal: LanguageOutput,
+    signal: LanguageSignal,
     mask: Bool[Tensor, "B T"],
     *,
     divergence: Divergence,

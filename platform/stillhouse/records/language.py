@@ -5,16 +5,17 @@ Shape legend: B batch, T positions, D width of the hidden states, V vocabulary.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class SequenceBatch:
+class SequenceBatch(NamedTuple):
     """Sequences and what follows each of their positions.
+
+    A named tuple and not a dataclass: Lightning's precision plugins rebuild a batch from its parts.
 
     Attributes:
         input_ids: [B, T].
@@ -91,17 +92,22 @@ class LanguageOutput:
         gradient, and the head is spared it. Asked again with the same mask, the same object comes
         back, so that two terms of one loss share their logits.
         """
-        kept = self._kept.get(id(mask))
-        if kept is None:
-            kept = LanguageOutput(hidden_states=self.hidden_states[mask], head=self.head)
-            self._kept[id(mask)] = kept
+        for known, kept in self._kept:
+            if known is mask:
+                return kept
+        kept = LanguageOutput(hidden_states=self.hidden_states[mask], head=self.head)
+        self._kept.append((mask, kept))
         return kept
 
     @cached_property
-    def _kept(self) -> "dict[int, LanguageOutput]":
-        return {}
+    def _kept(self) -> "list[tuple[Tensor, LanguageOutput]]":
+        return []
 
     @property
     def vocabulary_size(self) -> int:
         """V, padding rows of the head included."""
         return self.head.weight.shape[0]
+
+
+# What a teacher says of a batch, wherever it comes from.
+LanguageSignal = LanguageOutput

@@ -56,9 +56,14 @@ def publish(
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files_of(folder)},
     )
     write_json(folder / MANIFEST, asdict(manifest))
-    remove(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
+    # Renames only: whoever looks meanwhile finds the old artifact, none or the new one, no half.
+    old = destination.with_name(f"{destination.name}.old")
+    remove(old)
+    if destination.exists():
+        os.replace(destination, old)
     os.replace(folder, destination)
+    remove(old)
     return manifest
 
 

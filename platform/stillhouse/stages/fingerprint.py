@@ -20,6 +20,8 @@ from stillhouse.files import content_hash, hash_json, sha256_of
 # Raise it when the layout of artifacts changes: every cached stage is then made anew.
 FORMAT_VERSION = 1
 
+# How a run is told and checked does not decide what it computes.
+TELLING_PACKAGES = ("stillhouse.tracking", "stillhouse.config")
 PROJECT_PACKAGES = ("stillhouse", "stillhouse_kernels")
 
 # Where, how visibly and with how many hands a stage runs does not decide what it makes.
@@ -32,11 +34,8 @@ NEUTRAL_KEYS = frozenset(
         "log_every_n_steps",
         "num_nodes",
         "num_workers",
-        "paths",
         "pin_memory",
         "profiler",
-        "shared",
-        "tracking",
     }
 )
 
@@ -79,9 +78,18 @@ def _hash_paths(node: Any, key: str = "") -> Any:
     if isinstance(node, list):
         return [_hash_paths(v, key) for v in node]
     names_a_path = isinstance(node, str) and (os.sep in node or key.endswith("path"))
-    if names_a_path and Path(node).exists():
-        return f"content:{content_hash(Path(node))}"
+    if names_a_path and (place := _existing(node)) is not None:
+        return f"content:{content_hash(place)}"
     return node
+
+
+def _existing(text: str) -> Path | None:
+    """Return the path that a text names, if something lies there."""
+    try:
+        place = Path(text).expanduser()
+        return place if place.exists() else None
+    except (OSError, RuntimeError):  # longer than a name may be, or no such home: not a path
+        return None
 
 
 @cache
@@ -90,7 +98,8 @@ def source_hash(target: str) -> str:
     package = target.partition(".")[0]
     if package in PROJECT_PACKAGES:
         module = _module_of(target)
-        return hash_json({m: sha256_of(path) for m, path in sorted(_closure(module).items())})
+        sources = {name: sha256_of(path) for name, path in sorted(_closure(module).items())}
+        return hash_json({"sources": sources, "data": _data_beside(module)})
     distributions = importlib.metadata.packages_distributions().get(package)
     if distributions:
         return f"{distributions[0]}=={importlib.metadata.version(distributions[0])}"
@@ -132,10 +141,19 @@ def _closure(module: str) -> dict[str, Path]:
         for depth in range(1, len(parts) + 1):
             part = ".".join(parts[:depth])
             path = _source(part)
-            if part not in found and path is not None:
+            telling = part.startswith(TELLING_PACKAGES)
+            if part not in found and path is not None and not telling:
                 found[part] = path
                 waiting.extend(_imports(part, path))
     return found
+
+
+def _data_beside(module: str) -> dict[str, str]:
+    """Hash the data files that ship with a module: those of its folder that begin with its name."""
+    source = _source(module)
+    assert source is not None
+    beside = source.parent.glob(f"{source.stem}.*")
+    return {path.name: sha256_of(path) for path in sorted(beside) if path.suffix != ".py"}
 
 
 @cache

@@ -10,9 +10,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from stillhouse.errors import UserError
-from stillhouse.families.checkpoints import latest_checkpoint
+from stillhouse.families.checkpoints import latest_checkpoint, step_of
 from stillhouse.families.distiller import Distiller
 from stillhouse.stages.stage import StageContext, StageResult
+from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.progress import StageProgress
 
 # What Lightning says of itself: advice that does not fit here (the teacher is in eval mode on
@@ -83,6 +84,10 @@ class Fit:
             raise UserError(
                 f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
             )
+        checkpoint = latest_checkpoint(context.scratch)
+        for logger in context.tracker.loggers:
+            if isinstance(logger, SeriesLogger):
+                logger.drop_after(0 if checkpoint is None else step_of(checkpoint))
         with warnings.catch_warnings():
             for message in LIGHTNING_CHATTER:
                 warnings.filterwarnings("ignore", message=message)
@@ -90,11 +95,12 @@ class Fit:
                 trainer.fit(
                     module,
                     datamodule=data,
-                    ckpt_path=latest_checkpoint(context.scratch),
+                    ckpt_path=checkpoint,
                     weights_only=True,
                 )
             except SystemExit as stopped:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from stopped
+        module.stop_if_parameters_not_finite()
         if trainer.is_global_zero:
             module.export(context.output, data)
         return StageResult(metrics={**sizes, **module.summary()})

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from stillhouse.config import overlay, signatures
+from stillhouse.config import overlay, preflight, signatures
 from stillhouse.config.essence import explain_differences
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.files import CONFIG, MANIFEST, SERIES, remove
@@ -61,15 +61,24 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
     overlay.apply(config)
     workspace = Workspace(run=folder, cache=Path(config.paths.cache).expanduser(), config=config)
     _check_names(workspace)
+    preflight.refuse_several_devices(config, sweep=is_sweep())
     signatures.check(config, workspace.stages)
+    _check_reference(config)
     plan = make_plan(workspace)
     if config.plan:
         _print_plan(plan, workspace, console)
         return
 
-    if is_sweep() and _is_done(config, folder):
+    if is_sweep() and _is_done(config, folder) and not any(step.is_work for step in plan):
         console.print(f"{folder}: done before, skipped")
         return
+    with _storage_errors(workspace), _alone_in(folder):
+        _carry_out(plan, workspace, console)
+
+
+def _carry_out(plan: list[Step], workspace: Workspace, console: Console) -> None:
+    """Do what a plan says and keep the run's record."""
+    config, folder = workspace.config, workspace.run
     tracking: Tracking = instantiate(config.tracking)
     record = RunRecord.open(folder, describe_run(config, folder))
     record.write_config(config)
@@ -85,13 +94,13 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
                     metrics=manifest.metrics,
                 )
                 record.add_models(manifest.models)
-                _keep_product(workspace)
+                _keep_product(step.stage, workspace)
     except KeyboardInterrupt:
         console.print(f"interrupted; go on with: python run.py resume={folder}")
         raise
     finally:
-        with _storage_errors(workspace):
-            record.gather_series([workspace.artifact(s.stage) for s in plan])
+        places = (workspace.artifact, workspace.scratch)
+        record.gather_series([place(step.stage) for step in plan for place in places])
     record.finish(stopped_early=plan[-1].stage != workspace.stages[-1])
     print_outcome(record, console)
 
@@ -116,10 +125,14 @@ def _is_done(config: DictConfig, folder: Path) -> bool:
     return results["status"] == "done" and not config.force
 
 
+def _forced(config: DictConfig) -> list[str]:
+    return [config.force] if isinstance(config.force, str) else list(config.force or [])
+
+
 def make_plan(workspace: Workspace) -> list[Step]:
     """Say for every stage whether it is done, cached, not needed or has to run."""
     config = workspace.config
-    forced = [config.force] if isinstance(config.force, str) else list(config.force or [])
+    forced = _forced(config)
     stages = workspace.stages
     if config.stop_after is not None:
         stages = stages[: stages.index(config.stop_after) + 1]
@@ -186,12 +199,14 @@ def _make(
             return manifest
         reason = damage or "it was made by another configuration or another version of the code"
         console.print(f"[yellow]warning:[/yellow] {stage} is made anew: in {home}, {reason}")
-    if step.state == "forced":
+    begun_by = scratch / "fingerprint"
+    if step.state == "forced" or not begun_by.is_file() or begun_by.read_text() != fingerprint:
+        # What lies in the scratch folder was begun by another version of the stage.
         remove(scratch)
-
     output = scratch / "output"
     remove(output)
     _make_folder(output)
+    begun_by.write_text(fingerprint)
     began = time.monotonic()
     node = workspace.node(stage)
     with tracking.stage(
@@ -201,30 +216,28 @@ def _make(
             StageContext(stage, output, scratch, tracker, console)
         )
         tracker.summarise(result.metrics, result.models)
-    if (scratch / SERIES).exists():
-        shutil.copy2(scratch / SERIES, output / SERIES)
-    seconds = time.monotonic() - began
-    manifest = artifacts.publish(
-        output,
-        home,
-        fingerprint=fingerprint,
-        seconds=seconds,
-        metrics=result.metrics,
-        models=result.models,
-    )
+        if (scratch / SERIES).exists():
+            shutil.copy2(scratch / SERIES, output / SERIES)
+        manifest = artifacts.publish(
+            output,
+            home,
+            fingerprint=fingerprint,
+            seconds=time.monotonic() - began,
+            metrics=result.metrics,
+            models=result.models,
+        )
     remove(scratch)
     return manifest
 
 
-def _keep_product(workspace: Workspace) -> None:
-    """Copy the recipe's product to `student/` in the run directory, once it stands."""
+def _keep_product(stage: str, workspace: Workspace) -> None:
+    """Copy the recipe's product to `student/` in the run directory, if this stage made it."""
     config = workspace.config
     if config.product is None:
         return
     source = workspace.path_of(f"models.{config.product}")
-    manifest = artifacts.read_manifest(source)
     target = workspace.run / "student"
-    if manifest is None or not source.is_relative_to(workspace.run):
+    if source != workspace.artifact(stage):
         return
     partial = target.with_name(".student.partial")
     remove(partial)
@@ -247,13 +260,23 @@ def _check_names(workspace: Workspace) -> None:
     config = workspace.config
     if not workspace.stages:
         raise UserError("the recipe has no stages; choose one with experiment=<name>")
-    forced = [config.force] if isinstance(config.force, str) else list(config.force or [])
+    forced = _forced(config)
     for key, name in [("stop_after", config.stop_after), *(("force", f) for f in forced)]:
         if name is not None and name not in workspace.stages:
             raise UserError(
                 f"{key}={name}: this recipe has no stage of that name; its stages are "
                 f"{', '.join(workspace.stages)}{did_you_mean(name, workspace.stages)}"
             )
+
+
+def _check_reference(config: DictConfig) -> None:
+    """Refuse an evaluation against a role that the recipe does not have."""
+    reference = OmegaConf.select(config, "evaluation.reference")
+    if reference is not None and config.models.get(reference) is None:
+        raise UserError(
+            f"evaluation.reference={reference}: the recipe has no such model; its models are "
+            f"{', '.join(config.models)}{did_you_mean(reference, config.models)}"
+        )
 
 
 def _print_plan(plan: list[Step], workspace: Workspace, console: Console) -> None:
@@ -278,6 +301,21 @@ def _make_folder(folder: Path) -> None:
             f"the folder {folder} cannot be made: {error.strerror}: {error.filename}; "
             "move what is in its way, or choose another cache with paths.cache=<folder>"
         ) from error
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run directory; two processes in one would tear each other's checkpoints."""
+    _make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is working in this run directory") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class Workspace:
     def _fingerprint(self, stage: str) -> str:
         with references(lambda name: f"artifact {self.fingerprint(self._known(name, stage))}"):
             node = self._resolve(stage)
-        return fingerprint(node)
+        return fingerprint({k: v for k, v in node.items() if k not in RUNNER_KEYS})
 
     def needs(self, stage: str) -> set[str]:
         """Return the stages whose artifacts a stage names."""

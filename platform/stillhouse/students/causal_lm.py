@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from stillhouse.data.language import LanguageData
-from stillhouse.data.vocabulary import check_same_tokenizer
+from stillhouse.data.vocabulary import check_same_tokenizer, one_line
 from stillhouse.errors import UserError
 from stillhouse.records.language import LanguageOutput, SequenceBatch, VocabularyHead
 
@@ -101,8 +101,8 @@ def load_causal_lm(path: str, *, dtype: str, attn_implementation: str, key: str)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}.path={path} cannot be loaded: {_one_line(error)}") from error
+    except Exception as error:  # the libraries below raise whatever a broken file makes them
+        raise UserError(f"{key}.path={path}: cannot be loaded: {one_line(error)}") from error
     _check_head(model, f"{key}.path={path}")
     return model
 
@@ -165,7 +165,3 @@ def _check_head(model: PreTrainedModel, where: str) -> None:
             f"{where}: the head of {type(model).__name__} is more than a linear layer with scale "
             "and soft-cap, which the families of this package do not read yet"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

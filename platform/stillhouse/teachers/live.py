@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer
-from stillhouse.records.language import LanguageOutput, SequenceBatch
+from stillhouse.records.language import LanguageSignal, SequenceBatch
 from stillhouse.students.causal_lm import load_causal_lm, read_output
 
 
@@ -24,7 +24,7 @@ class LiveTeacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, batch: SequenceBatch) -> LanguageOutput:
+    def forward(self, batch: SequenceBatch) -> LanguageSignal:
         """Return the teacher's hidden states and head at every position of the batch."""
         return read_output(self.model, batch)
 

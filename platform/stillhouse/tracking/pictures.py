@@ -13,7 +13,6 @@ from cycler import cycler
 from stillhouse.tracking.folding import Band
 
 Curve = tuple[list[int], list[float]]
-SKIPPED = ("learning_rate",)
 
 
 def curves_of(rows: Sequence[tuple[str, int, str, float]]) -> dict[str, dict[str, Curve]]:

@@ -8,8 +8,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stillhouse.tracking.loggers import SeriesLogger
-
 # Drawing costs time that training could use: a terminal is redrawn this often, a log file spoken
 # to that often (seconds).
 REDRAW = 0.25
@@ -35,9 +33,6 @@ class StageProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step that training starts or goes on at."""
-        for logger in trainer.loggers:
-            if isinstance(logger, SeriesLogger):
-                logger.drop_after(trainer.global_step)
         self._began = time.monotonic()
         self._steps_before = trainer.global_step
         self._units_before = pl_module.units_seen  # type: ignore[assignment]

@@ -18,7 +18,7 @@ def print_outcome(record: RunRecord, console: Console) -> None:
     folder = record.folder
     if record.models:
         console.print(results_table(record.info.recipe, record.models))
-    rows = read_series(folder / SERIES)
+    rows = read_series(folder / SERIES) if (folder / SERIES).exists() else []
     if rows:
         title = f"{record.info.recipe}, seed {record.info.seed}"
         draw_curves(curves_of(rows), folder / "pictures" / "loss.png", title)

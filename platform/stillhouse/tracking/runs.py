@@ -119,7 +119,9 @@ class RunRecord:
     def open(cls, folder: Path, info: RunInfo) -> "RunRecord":
         """Begin the record of a run; what an earlier attempt wrote is superseded stage by stage."""
         folder.mkdir(parents=True, exist_ok=True)
-        record = cls(folder, info)
+        before = read_results(folder) or {}
+        stages = {name: StageEntry(**entry) for name, entry in before.get("stages", {}).items()}
+        record = cls(folder, info, stages, before.get("models", {}))
         record.write()
         return record
 
@@ -171,15 +173,13 @@ class RunRecord:
         }
         write_json(self.folder / RESULTS, content)
 
-    def gather_series(self, folders: Sequence[Path]) -> Path:
-        """Write `metrics.csv` from the series of the stages; return it."""
+    def gather_series(self, folders: Sequence[Path]) -> None:
+        """Write `metrics.csv` from the series that lie in the folders, where there are any."""
         path = self.folder / SERIES
         path.unlink(missing_ok=True)
-        append_rows(path, [])
         for folder in folders:
             if (folder / SERIES).exists():
                 append_rows(path, read_series(folder / SERIES))
-        return path
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

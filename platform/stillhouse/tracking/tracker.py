@@ -28,10 +28,6 @@ class StageTracker(Protocol):
         """Log a table."""
         ...
 
-    def picture(self, name: str, path: Path) -> None:
-        """Log a picture that lies in a file."""
-        ...
-
     def summarise(
         self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
     ) -> None:
@@ -72,9 +68,6 @@ class FileTracker:
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Do nothing: the stage wrote the table to its artifact."""
-
-    def picture(self, name: str, path: Path) -> None:
-        """Do nothing: the picture lies in the run directory."""
 
     def summarise(
         self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]

@@ -7,6 +7,7 @@ to the run that it began.
 """
 
 import json
+import os
 import secrets
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,12 +59,6 @@ class WandbTracker:
 
         self.run.log({name: wandb.Table(columns=list(columns), data=[list(r) for r in rows])})
 
-    def picture(self, name: str, path: Path) -> None:
-        """Log a `wandb.Image`."""
-        import wandb
-
-        self.run.log({name: wandb.Image(str(path))})
-
     def summarise(
         self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
     ) -> None:
@@ -111,14 +106,16 @@ class WandbTracking:
         ids.setdefault(name, secrets.token_hex(4))
         write_json(ids_file, ids)
         mode = self.mode
-        if mode == "auto":
+        if mode == "auto" and os.environ.get("WANDB_MODE"):
+            mode = None  # W&B reads the variable itself
+        elif mode == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         wandb_run = wandb.init(
             project=self.project,
             entity=self.entity,
             mode=mode,
             id=ids[name],
-            resume="allow" if known and mode == "online" else None,
+            resume="allow" if known and mode != "offline" else None,
             name=f"{run.name}/{name}",
             group=self.group or run.group,
             job_type=name,
@@ -127,9 +124,9 @@ class WandbTracking:
             config={**run.config, "git": run.git, "stage": name, "config_hash": run.config_hash},
             settings=wandb.Settings(silent=True, console="off", quiet=True),
         )
-        wandb_run.define_metric("step")
-        wandb_run.define_metric("*", step_metric="step")
         try:
+            wandb_run.define_metric("step")
+            wandb_run.define_metric("*", step_metric="step")
             yield WandbTracker(wandb_run, SeriesLogger(folder / SERIES, name))
         except BaseException:
             wandb_run.finish(exit_code=1)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from stillhouse.data.language import LanguageData
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.objectives.tokens import token_cross_entropy
-from stillhouse.records.language import LanguageOutput, SequenceBatch
+from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
 from stillhouse.students.causal_lm import read_output
 
-SequenceMethod = Callable[[LanguageOutput, LanguageOutput | None, SequenceBatch], LossTerms]
+SequenceMethod = Callable[[LanguageOutput, LanguageSignal | None, SequenceBatch], LossTerms]
 
 
 class SequenceDistiller(Distiller):

@@ -18,13 +18,13 @@ from stillhouse.errors import UserError
 from stillhouse.families.sequence.sft import sft
 from stillhouse.objectives.divergences import DivergenceName, named_divergence
 from stillhouse.objectives.tokens import token_cross_entropy, token_divergence
-from stillhouse.records.language import LanguageOutput, SequenceBatch
+from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
 
 
 def word_kd(
     student: LanguageOutput,
-    signal: LanguageOutput,
+    signal: LanguageSignal,
     batch: SequenceBatch,
     *,
     divergence: DivergenceName = "forward_kl",
