@@ -52,7 +52,8 @@ class ResumeCheckpoint(Checkpoint):
         if step - self._last_step < self.checkpoint_every_n_steps or step >= trainer.max_steps:
             return
         # Going on from here would skip a validation that follows this batch: wait for the next one.
-        if trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0:
+        interval = trainer.val_check_batch
+        if isinstance(interval, int) and (batch_idx + 1) % interval == 0:
             return
         self._last_step = step
         folder = checkpoint_folder(Path(trainer.default_root_dir))

@@ -44,8 +44,9 @@ def llama(
             f"hidden_size={hidden_size} must be a multiple of num_attention_heads="
             f"{num_attention_heads}, and that of num_key_value_heads={num_key_value_heads}"
         )
+    tokenizer: Any = data.tokenizer
     config = LlamaConfig(
-        vocab_size=len(data.tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_hidden_layers,
@@ -55,9 +56,9 @@ def llama(
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         tie_word_embeddings=tie_word_embeddings,
         attention_dropout=attention_dropout,
-        bos_token_id=data.tokenizer.bos_token_id,
-        eos_token_id=data.tokenizer.eos_token_id,
-        pad_token_id=data.tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
 

@@ -105,7 +105,7 @@ class WandbTracking:
         known = name in ids
         ids.setdefault(name, secrets.token_hex(4))
         write_json(ids_file, ids)
-        mode = self.mode
+        mode: Any = self.mode
         if mode == "auto" and os.environ.get("WANDB_MODE"):
             mode = None  # W&B reads the variable itself
         elif mode == "auto":
