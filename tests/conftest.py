@@ -1,7 +1,12 @@
 """What every test needs: nothing fetched, one thread, and a tiny language model."""
 
+import inspect
+import io
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,5 +38,75 @@ def tiny_llama() -> Callable[..., Any]:
         }
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**(shape | changes))).double().eval()
+
+    return make
+
+
+@dataclass(frozen=True)
+class LanguageWorld:
+    """A random teacher in a folder with its tokenizer, and data that speak of the same tokens."""
+
+    model: Path
+
+    def data(self, **changes: Any) -> Any:
+        """Return a `LanguageData` over the first chapters of the embedded corpus."""
+        from stillhouse.data.language import LanguageData
+
+        settings = {
+            "corpus": {"_target_": "stillhouse.data.corpora.king_james.king_james"},
+            "tokenizer_path": str(self.model),
+            "sequence_length": 24,
+            "batch_size": 4,
+            "evaluation_batch_size": 8,
+            "packing": False,
+            "max_train_documents": 3,
+        }
+        return LanguageData(0, **(settings | changes))
+
+    def node(self, **changes: Any) -> dict[str, Any]:
+        """Return the same data as a stage's node."""
+        keywords = inspect.signature(type(self.data())).parameters
+        data = self.data(**changes)
+        known = {n: getattr(data, n) for n in keywords if n not in ("seed", "corpus")}
+        target = {"_target_": "stillhouse.data.language.LanguageData", "_partial_": True}
+        return {**target, **known, "corpus": data.corpus_node}
+
+
+@pytest.fixture(scope="session")
+def language_world(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> LanguageWorld:
+    """A tiny teacher of 300 tokens; weights in float32."""
+    from transformers import PreTrainedTokenizerFast
+
+    from stillhouse.data.corpora.king_james import king_james
+    from stillhouse.data.tokenizers import byte_level_bpe
+
+    folder = tmp_path_factory.mktemp("teacher")
+    texts = [str(d) for d in king_james().documents("train")[:20]]
+    special = ["<|end|>", "<|pad|>"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(texts, vocab_size=300, special_tokens=special),
+        bos_token="<|end|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+    ).save_pretrained(folder)
+    tiny_llama(vocab_size=300, initializer_range=0.5).float().save_pretrained(folder)
+    return LanguageWorld(folder)
+
+
+@pytest.fixture
+def stage_context(tmp_path: Path) -> Callable[..., Any]:
+    """A function that makes the context of a stage; the same name gives the same scratch folder."""
+    from rich.console import Console
+
+    from stillhouse.stages.stage import StageContext
+    from stillhouse.tracking.tracker import FileTracker
+
+    def make(name: str, **changes: Any) -> Any:
+        scratch = tmp_path / f"work of {name}"
+        output = scratch / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        console = Console(file=io.StringIO())
+        return StageContext(name, output, scratch, FileTracker(None), console, **changes)
 
     return make

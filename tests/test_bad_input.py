@@ -28,11 +28,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             ["experiment=word_kdd"],
             "experiment=word_kdd: the group experiment has no such option; expected "
-            f"{', '.join(RECIPES)}; did you mean 'word_kd'?",
+            f"{', '.join(RECIPES)}; did you mean 'word_kd' or 'word_kd_smollm2'?",
         ),
         (
             ["teacher=life"],
-            "teacher=life: the group teacher has no such option; expected hf, live; "
+            "teacher=life: the group teacher has no such option; expected cached, hf, live; "
             "did you mean 'live'?",
         ),
         (
@@ -89,17 +89,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             ["stop_after=distill"],
             "stop_after=distill: this recipe has no stage of that name; its stages are tokenizer, "
-            "teacher, distil, alone, evaluate; did you mean 'distil'?",
+            "teacher, cache, distil, alone, evaluate; did you mean 'distil'?",
         ),
         (
             ["force=[teachr]"],
             "force=teachr: this recipe has no stage of that name; its stages are tokenizer, "
-            "teacher, distil, alone, evaluate; did you mean 'teacher'?",
+            "teacher, cache, distil, alone, evaluate; did you mean 'teacher'?",
         ),
         (
             ["stages.teacher=null"],
             "stages.evaluate needs the artifact of the stage 'teacher', which this recipe does not "
-            "have (it is set to null); its stages are tokenizer, distil, alone, evaluate",
+            "have (it is set to null); its stages are tokenizer, cache, distil, alone, evaluate; "
+            "did you mean 'cache'?",
         ),
         (
             ["resume=nowhere"],
@@ -118,8 +119,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             ["--config-name", "comparre"],
-            "--config-name comparre: there is no such job; expected compare, run; "
-            "did you mean 'compare'?",
+            "--config-name comparre: there is no such job; expected compare, evaluate, export, "
+            "run, sample; did you mean 'compare'?",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -273,14 +274,6 @@ def test_a_sweep_over_several_devices_is_refused(capfd, here: Path, place: str) 
         "runs in the shell\n",
     )
     assert not list(here.iterdir())
-
-
-def test_several_devices_are_refused_until_they_are_built(capfd, here: Path) -> None:
-    done = run_here(capfd, *TINY, "trainer.devices=2")
-    assert done.err == (
-        "error: trainer.devices=2, num_nodes=1: this version trains on one device; set "
-        "trainer.devices=1\n"
-    )
 
 
 def test_two_processes_do_not_share_a_run_directory(capfd, here: Path) -> None:

@@ -51,6 +51,8 @@ class Recipe:
     method: Any = None
     data: Any = None
     teacher: Any = None
+    codec: Any = None
+    decoding: Any = None
     student: Any = None
     trainer: Any = None
     optimizer: Any = None
@@ -78,8 +80,79 @@ class Comparison:
     to: str = "compare"
 
 
+@dataclass
+class Evaluation:
+    """The job `evaluate`: which run to measure anew, beside what, and with what changed.
+
+    Attributes:
+        run: directory of a finished run.
+        roles: of the run's models; null measures all. The one that others are compared with is
+            measured in any case.
+        models: further role -> folder or hub id of a model to put beside them.
+        settings: values to change in the node of the run's evaluation.
+        data: values to change in the node of the data that it evaluates on.
+        to: folder of `models.json` and `samples.json`.
+    """
+
+    _target_: str = MISSING
+    run: str = MISSING
+    roles: Any = None
+    models: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    to: str = "evaluate"
+
+
+@dataclass
+class Sampling:
+    """The job `sample`: what a run's model is to write.
+
+    Attributes:
+        run: directory of a finished run.
+        role: of the model; null takes the run's product.
+        prompts: texts to go on from; null takes those of the run's evaluation.
+        max_new_tokens: length of a continuation.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws.
+        chat: ask each prompt as a user's message, by the tokenizer's chat template.
+        to: folder of `samples.json`.
+    """
+
+    _target_: str = MISSING
+    run: str = MISSING
+    role: str | None = None
+    prompts: Any = None
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+    seed: int = 0
+    chat: bool = False
+    to: str = "sample"
+
+
+@dataclass
+class Export:
+    """The job `export`: which model to take home, and where to.
+
+    Attributes:
+        run: directory of a finished run.
+        role: of the model; null takes the run's product.
+        licence: the hub's name of the licence that you give the model, such as apache-2.0; null
+            leaves it open.
+        to: a folder that is new or empty.
+    """
+
+    _target_: str = MISSING
+    run: str = MISSING
+    role: str | None = None
+    licence: str | None = None
+    to: str = "export"
+
+
 def register_schemas() -> None:
-    """Make the skeletons known to Hydra as `recipe_schema` and `comparison_schema`."""
+    """Make the skeletons known to Hydra, as `recipe_schema` and so on."""
     store = ConfigStore.instance()
     store.store(name="recipe_schema", node=Recipe)
     store.store(name="comparison_schema", node=Comparison)
+    store.store(name="evaluation_schema", node=Evaluation)
+    store.store(name="sampling_schema", node=Sampling)
+    store.store(name="export_schema", node=Export)

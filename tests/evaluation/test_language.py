@@ -4,12 +4,16 @@ from functools import partial
 import pytest
 import torch
 
+from stillhouse.data.encoding import text_as_tokens
 from stillhouse.data.windows import TokenWindows, collate_windows
 from stillhouse.evaluation.language import held_out_quality
 from stillhouse.records.language import SequenceBatch
 
 WINDOWS = TokenWindows(
-    [[3, 1, 4, 1, 5, 9, 2, 6], [3, 5], [8, 9, 7, 9, 3]], length=6, end_token=0, packing=False
+    [text_as_tokens(d, 0) for d in ([3, 1, 4, 1, 5, 9, 2, 6], [3, 5], [8, 9, 7, 9, 3])],
+    length=6,
+    end_token=0,
+    packing=False,
 ).in_order()
 TOKENS = 18
 collate = partial(collate_windows, pad_token=0)

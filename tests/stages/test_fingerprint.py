@@ -50,6 +50,17 @@ def test_a_path_outside_counts_as_its_content(tmp_path: Path) -> None:
     assert fp.fingerprint({**node, "path": str(b)}) != first
 
 
+def test_a_pattern_counts_as_the_files_that_it_fits(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    node = {"_target_": "stillhouse.stages.fit.Fit", "train_path": f"{tmp_path}/*.txt"}
+    first = fp.fingerprint(node)
+    assert fp.fingerprint(node) == first
+    (tmp_path / "a.txt").write_text("other")
+    edited = fp.fingerprint(node)
+    (tmp_path / "b.txt").write_text("two")
+    assert len({first, edited, fp.fingerprint(node)}) == 3
+
+
 def test_sources_are_followed_through_imports() -> None:
     closure = fp._closure("stillhouse.families.sequence.word_kd")
     assert "stillhouse.objectives.divergences" in closure

@@ -23,6 +23,12 @@ Stillhouse: small fast models from large slow ones.
   python run.py --cfg job --resolve                 the config that would run
   python run.py --config-name compare 'runs=[outputs/word_kd/*]' baseline=student_alone
                                                     a table over runs, curves, pictures
+  python run.py --config-name evaluate run=<run directory>
+                                                    its models measured anew
+  python run.py --config-name sample run=<run directory> 'prompts=[In the beginning]'
+                                                    what its student writes
+  python run.py --config-name export run=<run directory> to=<folder>
+                                                    its student with a model card
 
 Recipes:
 """

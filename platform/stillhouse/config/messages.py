@@ -13,7 +13,7 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     """Return the line to print for an error that the user can mend; None for a fault of ours."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     cause: Any = error
@@ -32,6 +32,11 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
         return " ".join(str(cause).split())
     if isinstance(error, MissingConfigException):
         return _missing_option(error, conf)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: the value cannot be read; put a text with quotes, commas, brackets "
+            'or the like in it between double quotes: \'key=["one, two","(three)"]\''
+        )
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     key = getattr(cause, "full_key", None) or _named_key(str(error))
@@ -39,7 +44,7 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     if "is not in struct" in text or "not in struct" in str(error) or "not in '" in text:
         return _unknown_key(key or "", argv, conf)
     if "Could not override" in str(error) and "No match in the defaults list" in str(error):
-        return _unknown_group(str(error), conf)
+        return _unknown_group(str(error), argv, conf)
     return f"{key}: {text}" if key and key not in text else text
 
 
@@ -60,10 +65,13 @@ def _missing_option(error: Any, conf: Path) -> str:
     )
 
 
-def _unknown_group(text: str, conf: Path) -> str:
+def _unknown_group(text: str, argv: list[str], conf: Path) -> str:
     found = re.search(r"override '([^']+)'", text)
     name = found.group(1).split("@")[0] if found else ""
     known = list(groups(conf))
+    if name in known:
+        job = option(argv, "--config-name", "-cn") or "run"
+        return f"{name}: the job {job} has no group of that name; groups make up the job run"
     return (
         f"{name}: there is no group of that name; expected {', '.join(known)}"
         f"{did_you_mean(name, known)}"

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     options, overrides = split(argv)
     # argparse takes overrides in one stretch only; a user may write them anywhere.
     argv = [*options, *overrides]
-    if option(argv, "--config-name", "-cn") not in (None, "run"):
-        # Hydra's grammar wants quotes around a value with a second equals sign.
-        return [re.sub(r"^(baseline=)([^'\"].*=.*)$", r'\1"\2"', a) for a in argv]
     _refuse_what_is_no_override(overrides)
+    job = option(argv, "--config-name", "-cn") or "run"
+    if job != "run":
+        return _prepare_reading(job, options, overrides, conf)
     values = dict(o.split("=", 1) for o in overrides if "=" in o)
     resumed = "resume" in values
     if resumed:
@@ -52,9 +53,23 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     return argv
 
 
+def _prepare_reading(job: str, options: list[str], overrides: list[str], conf: Path) -> list[str]:
+    """Return the argv of a job that reads runs, spelled as Hydra wants it; refuse a sweep of it."""
+    if {"-m", "--multirun"} & set(options) and (conf / f"{job}.yaml").is_file():
+        raise UserError(
+            f"-m: the job {job} leaves no run directory, so there is no sweep of it; start it once "
+            "for each value, in a loop of the shell"
+        )
+    # Hydra's grammar wants quotes around a value with a second equals sign.
+    quoted = [re.sub(r"^((?:baseline|run|to)=)([^'\"].*=.*)$", r'\1"\2"', o) for o in overrides]
+    # What these change stands in the run's config and not in the job's, so it is always added.
+    return [*options, *(re.sub(r"^(settings|data|models)\.", r"++\1.", o) for o in quoted)]
+
+
 def _refuse_what_is_no_override(overrides: list[str]) -> None:
     for override in overrides:
-        if not re.match(r"^[+~]{0,2}[A-Za-z_][\w./@:-]*(=|$)", override):
+        # Only a deletion, `~key`, goes without a value.
+        if not re.match(r"^([+~]{0,2}[A-Za-z_][\w./@:-]*=|~[A-Za-z_][\w./@:-]*$)", override):
             raise UserError(
                 f"the argument {override!r} is not of the form key=value; quote values with spaces "
                 "or commas as a whole: 'key=[a,b]'"
@@ -82,31 +97,49 @@ def shown_config(argv: list[str], conf: Path) -> str:
     return OmegaConf.to_yaml(config, resolve="--resolve" in argv)
 
 
-def refuse_several_devices(config: DictConfig, *, sweep: bool) -> None:
-    """Refuse stages that take more than one device: with a reason of its own in a sweep.
+def check_devices(config: DictConfig, *, sweep: bool) -> None:
+    """Refuse devices, nodes and strategies that a stage cannot start its ranks on.
 
     Raises:
         UserError: with the way out.
     """
-    places = ["trainer", *(f"stages.{name}.trainer" for name in config.stages)]
-    for place in places:
-        trainer = OmegaConf.select(config, place)
-        if trainer is None or "devices" not in trainer:
-            continue
-        count = len(trainer.devices) if isinstance(trainer.devices, ListConfig) else trainer.devices
-        if count == 1 and trainer.num_nodes == 1:
-            continue
+    for place, trainer, count in _trainers(config):
         where = f"{place}.devices={trainer.devices}"
-        if sweep:
+        if sweep and not (count == 1 and trainer.num_nodes == 1):
             raise UserError(
                 f"{where} with -m: every device would start the whole sweep again; give each job a "
                 "process of its own with a launcher (hydra/launcher=…), or loop over single runs "
                 "in the shell"
             )
-        raise UserError(
-            f"{where}, num_nodes={trainer.num_nodes}: this version trains on one device; set "
-            f"{place}.devices=1"
-        )
+        if count == 0 or (isinstance(count, int) and count < -1):
+            raise UserError(
+                f"{where}: expected how many (1 or more), a list of which, or -1 for all that "
+                "there are"
+            )
+        if trainer.num_nodes != 1:
+            raise UserError(
+                f"{place}.num_nodes={trainer.num_nodes}: this version trains on one machine; set "
+                f"{place}.num_nodes=1, and {place}.devices=<number> for several devices of it"
+            )
+        if str(trainer.get("strategy")).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+            raise UserError(
+                f"{place}.strategy={trainer.strategy}: it starts processes in its own way, and a "
+                f"stage starts them itself; set {place}.strategy=ddp"
+            )
+        if count != 1 and "LOCAL_RANK" in os.environ:
+            raise UserError(
+                f"{where} where LOCAL_RANK={os.environ['LOCAL_RANK']} is set, as torchrun does: a "
+                "stage starts its processes itself; start the command once, without torchrun"
+            )
+
+
+def _trainers(config: DictConfig) -> Iterator[tuple[str, DictConfig, int | str]]:
+    """Yield (place, node, number of devices) of every trainer; -1 and auto stand for all."""
+    for place in ["trainer", *(f"stages.{name}.trainer" for name in config.stages)]:
+        trainer = OmegaConf.select(config, place)
+        if trainer is not None and "devices" in trainer:
+            devices = trainer.devices
+            yield place, trainer, len(devices) if isinstance(devices, ListConfig) else devices
 
 
 def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
@@ -115,7 +148,7 @@ def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
         config = compose_job([o for o in overrides if not _is_sweep(o)], conf)
     except Exception:  # Hydra composes the same again and its error is told from there
         return
-    refuse_several_devices(config, sweep=True)
+    check_devices(config, sweep=True)
 
 
 def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> list[str]:
@@ -139,6 +172,13 @@ def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> 
             f"resume={folder}: its config differs from this command's {differences}; give the same "
             "keys, or start a new run"
         )
+    for (place, _, then), (_, _, count) in zip(_trainers(saved), _trainers(now), strict=True):
+        if then != count:
+            raise UserError(
+                f"resume={folder}: {place}.devices stood for {then} when it began, for {count} "
+                "now: the number of processes decides what a step sees; give the same, or start a "
+                "new run"
+            )
     return [*options, *kept, *given, f"hydra.run.dir={folder}"]
 
 
@@ -187,7 +227,7 @@ def nearest_keys(config: DictConfig, key: str) -> list[str]:
         near = difflib.get_close_matches(part, siblings, n=2, cutoff=0.7)
         beside = [".".join([*parts[:depth], n, *parts[depth + 1 :]]) for n in near]
         leaves = list(_leaves(config))
-        beside = [b for b in beside if OmegaConf.select(config, b) is not None]
+        beside = [b for b in beside if _stands_in(config, b)]
         same_name = [leaf for leaf in leaves if leaf.rpartition(".")[2] == parts[-1]]
         if beside:
             return beside
@@ -196,6 +236,13 @@ def nearest_keys(config: DictConfig, key: str) -> list[str]:
         same_tail = [leaf for leaf in same_name if leaf.endswith(".".join(parts[-2:]))]
         return [k for k in same_tail or same_name if not k.startswith("debug.")][:3]
     return []
+
+
+def _stands_in(config: DictConfig, key: str) -> bool:
+    """Whether a config has a dotted key, with a value or without."""
+    parent, _, name = key.rpartition(".")
+    holder = OmegaConf.select(config, parent) if parent else config
+    return isinstance(holder, DictConfig) and name in list(holder)
 
 
 def _leaves(node: Any, prefix: str = "") -> Any:

@@ -4,6 +4,7 @@ By house rule a target's keyword-only parameters are its config and its position
 objects that the caller hands over, so a YAML file names keywords only.
 """
 
+import glob
 import inspect
 import re
 import types
@@ -37,6 +38,17 @@ def check(config: DictConfig, stages: list[str]) -> None:
         _check_paths(path, node)
 
 
+def check_below(config: DictConfig, root: str) -> None:
+    """Bind every `_target_` at and below one key of a config to its signature.
+
+    Raises:
+        UserError: as `check`.
+    """
+    for path, node in _walk(config, root):
+        check_node(path, node)
+        _check_paths(path, node)
+
+
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict):
         for key, value in node.items():
@@ -49,7 +61,9 @@ def _check_paths(path: str, node: DictConfig) -> None:
     """Refuse a local path that leads nowhere, before a library looks for it on a hub."""
     for key, value in OmegaConf.to_container(node, resolve=False).items():  # type: ignore[union-attr]
         names_a_path = isinstance(value, str) and str(key).endswith("path") and "${" not in value
-        if names_a_path and re.match(r"[./~]", value) and not Path(value).expanduser().exists():
+        leads_nowhere = names_a_path and not Path(value).expanduser().exists()
+        # Whether a pattern fits any file is for its reader to say.
+        if leads_nowhere and re.match(r"[./~]", value) and not glob.has_magic(value):
             raise UserError(f"{path}.{key}={value}: there is no such file or folder")
         # By house rule a key named `path` alone is a model, of transformers or diffusers.
         holds_no_model = names_a_path and key == "path" and Path(value).expanduser().is_dir()

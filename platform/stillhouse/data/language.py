@@ -1,6 +1,6 @@
 """Text as a LightningDataModule: a corpus, a tokenizer, windows, batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerBase
 
 from stillhouse.data.corpora.corpus import Corpus, Split
+from stillhouse.data.documents import Document
+from stillhouse.data.encoding import encode
 from stillhouse.data.stream import BatchStream
-from stillhouse.data.vocabulary import load_tokenizer
-from stillhouse.data.windows import TokenWindows, collate_windows
+from stillhouse.data.vocabulary import load_tokenizer, tokenizer_identity
+from stillhouse.data.windows import TokenWindows, Window, collate_windows
 from stillhouse.errors import UserError
 from stillhouse.records.language import SequenceBatch
 
@@ -94,30 +96,55 @@ class LanguageData(pl.LightningDataModule):
         return tokenizer
 
     @property
+    def collate(self) -> Callable[[Sequence[Window]], SequenceBatch]:
+        """Make a batch of windows; it travels to the loader's workers without the corpus."""
+        return partial(collate_windows, pad_token=self.pad_token)
+
+    @property
+    def end_token(self) -> int:
+        """Id of the token that ends a document."""
+        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    @property
     def pad_token(self) -> int:
         """Id that fills padded positions; the end token where the tokenizer has no pad token."""
         pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
+        return self.end_token if pad is None else int(pad)  # type: ignore[arg-type]
 
     def windows(self, split: Split) -> TokenWindows:
         """Return the windows of a split, tokenised once."""
         if split not in self._windows:
-            documents = self.documents(split)
+            made_by = self.corpus.tokenizer
+            if made_by is not None and made_by != tokenizer_identity(self.tokenizer):
+                raise UserError(
+                    f"data.tokenizer_path={self.tokenizer_path}: the corpus {self.corpus.name} was "
+                    "made with another tokenizer; name that one, or make the corpus anew"
+                )
             training = split == "train"
-            encoded = self.tokenizer(documents, add_special_tokens=False, verbose=False)
             self._windows[split] = TokenWindows(
-                encoded["input_ids"],
+                encode(self.documents(split), self.tokenizer, self.end_token),
                 length=self.sequence_length,
-                end_token=int(self.tokenizer.eos_token_id),  # type: ignore[arg-type]
+                end_token=self.end_token,
                 packing=self.packing or not training,
                 shift_windows=self.shift_windows and training,
             )
         return self._windows[split]
 
-    def documents(self, split: Split) -> list[str]:
+    def documents(self, split: Split) -> Sequence[Document]:
         """Return the documents of a split that are used."""
         documents = self.corpus.documents(split)
         return documents[: self.max_train_documents] if split == "train" else documents
+
+    def text_bytes(self, split: Split) -> int | None:
+        """Return the UTF-8 bytes of the text behind `evaluation_batches`.
+
+        None when the batches are not all of it, or it is not plain text.
+        """
+        documents = self.documents(split)
+        texts = [d for d in documents if isinstance(d, str)]
+        if self.max_evaluation_windows is not None or len(texts) < len(documents):
+            return None
+        return sum(len(text.encode()) for text in texts)
 
     def train_dataloader(self) -> BatchStream:
         """Return the stream of the whole training; Lightning's trainer says how long it is."""
@@ -131,12 +158,19 @@ class LanguageData(pl.LightningDataModule):
             batch_size=self.batch_size,
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             seed=self.seed,
-            collate=partial(collate_windows, pad_token=self.pad_token),
+            collate=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+
+    def training_batches(self, windows: range) -> Iterator[SequenceBatch]:
+        """Yield these training windows in order, in batches of the evaluation's size."""
+        train, size = self.windows("train"), self.evaluation_batch_size
+        for start in windows[::size]:
+            span = range(start, min(start + size, windows.stop))
+            yield self.collate(train.in_order(span))
 
     def val_dataloader(self) -> "KeptBatches":
         """Return the validation batches."""
@@ -150,7 +184,7 @@ class LanguageData(pl.LightningDataModule):
             windows = [windows[int(i * stride)] for i in range(self.max_evaluation_windows)]
         size = self.evaluation_batch_size
         for start in range(0, len(windows), size):
-            yield collate_windows(windows[start : start + size], pad_token=self.pad_token)
+            yield self.collate(windows[start : start + size])
 
 
 class KeptBatches:

@@ -3,6 +3,7 @@
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stillhouse.errors import UserError
+from stillhouse.files import hash_json
 
 
 def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: str) -> None:
@@ -40,6 +41,11 @@ def load_tokenizer(path: str, *, key: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # the libraries below raise whatever a broken file makes them
         raise UserError(f"{key}={path}: no tokenizer can be loaded: {one_line(error)}") from error
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hash of a vocabulary: equal for tokenizers that speak of the same tokens."""
+    return hash_json(tokenizer.get_vocab())
 
 
 def one_line(error: Exception) -> str:

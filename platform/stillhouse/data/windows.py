@@ -1,12 +1,15 @@
 """Windows over tokenised documents, and batches of them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from stillhouse.data.documents import TokenDocument
 from stillhouse.errors import UserError
 from stillhouse.records.language import SequenceBatch
 
@@ -18,23 +21,28 @@ class Window:
     Attributes:
         input_ids: [n].
         labels: [n], the next tokens.
+        learned: [n]; True where the label counts.
+        index: which window of the split it is; None for one that was drawn at random.
     """
 
     input_ids: Int[Tensor, "n"]
     labels: Int[Tensor, "n"]
+    learned: Bool[Tensor, "n"]
+    index: int | None = None
 
 
 class TokenWindows:
-    """A text as windows of at most `length` tokens, every token predicted exactly once.
+    """Documents as windows of at most `length` tokens, every learnt token predicted exactly once.
 
-    Documents stand in one row, each preceded by the end token, which so doubles as the start:
-    the first token of a document is predicted too. Packed windows run across documents and are
-    all full but the last; without packing, a window ends with its document.
+    Documents stand in one row; a text is preceded by the end token, which so doubles as the start:
+    its first token is predicted too. Packed windows run across documents and are all full but the
+    last; without packing, a window ends with its document. A document longer than a window is cut
+    into several, and windows without a token to learn are left out.
     """
 
     def __init__(
         self,
-        documents: Sequence[Sequence[int]],
+        documents: Sequence[TokenDocument],
         *,
         length: int,
         end_token: int,
@@ -44,9 +52,9 @@ class TokenWindows:
         """Lay out the windows.
 
         Args:
-            documents: token ids of each document, without end tokens.
+            documents: the documents as tokens.
             length: T, the longest window.
-            end_token: stands between documents, before the first and after the last.
+            end_token: stands before a document that asks for it.
             packing: whether windows run across documents.
             shift_windows: whether a sample starts at a random offset below `length`, drawn anew in
                 every epoch, so that documents are not always cut at the same places.
@@ -59,18 +67,23 @@ class TokenWindows:
                 "data.shift_windows=true needs data.packing=true: without packing a window starts "
                 "with its document"
             )
-        row: list[int] = [end_token]
+        row: list[int] = []
+        learned: list[bool] = []
         spans: list[tuple[int, int]] = []
         for document in documents:
-            start = len(row) - 1
-            row.extend(document)
-            row.append(end_token)
+            if document.follows_end and (not row or row[-1] != end_token):
+                row.append(end_token)
+                learned.append(False)
+            start = len(row) - document.follows_end
+            row.extend(document.tokens)
+            learned.extend(document.learned)
             if not packing:
                 spans += _cut(start, len(row) - 1, length)
         if packing:
             spans = _cut(0, len(row) - 1, length)
         self.tokens = torch.tensor(row, dtype=torch.int32)
-        self.spans = spans
+        self.learned = torch.tensor(learned, dtype=torch.bool)
+        self.spans = [(a, b) for a, b in spans if bool(self.learned[a + 1 : b + 1].any())]
         self.length = length
         self.shift_windows = shift_windows
 
@@ -80,20 +93,38 @@ class TokenWindows:
     def sample(self, index: int, generator: torch.Generator) -> Window:
         """Return window `index`, shifted at random where that is asked for."""
         start, stop = self.spans[index]
-        if self.shift_windows:
-            room = min(self.length, len(self.tokens) - stop)
-            shift = int(torch.randint(room, (), generator=generator))
-            start, stop = start + shift, stop + shift
-        return self.window(start, stop)
+        if not self.shift_windows:
+            return self._window(start, stop, index)
+        room = min(self.length, len(self.tokens) - stop)
+        shift = int(torch.randint(room, (), generator=generator))
+        return self._window(start + shift, stop + shift, None)
 
-    def window(self, start: int, stop: int) -> Window:
+    def _window(self, start: int, stop: int, index: int | None) -> Window:
         """Return the tokens start..stop-1 and their successors."""
         stretch = self.tokens[start : stop + 1].long()
-        return Window(input_ids=stretch[:-1], labels=stretch[1:])
+        learned = self.learned[start + 1 : stop + 1]
+        return Window(input_ids=stretch[:-1], labels=stretch[1:], learned=learned, index=index)
 
-    def in_order(self) -> list[Window]:
-        """Return all windows in the order of the text, unshifted."""
-        return [self.window(start, stop) for start, stop in self.spans]
+    def in_order(self, indices: range | None = None) -> list[Window]:
+        """Return windows in the order of the text, unshifted; all of them where none are named."""
+        wanted = range(len(self.spans)) if indices is None else indices
+        return [self.window(i) for i in wanted]
+
+    def window(self, index: int) -> Window:
+        """Return window `index`, unshifted."""
+        return self._window(*self.spans[index], index)
+
+    def learned_lengths(self) -> list[int]:
+        """Return how many tokens are learnt of every window."""
+        sums = torch.cat([torch.zeros(1, dtype=torch.long), self.learned.cumsum(0)])
+        return [int(sums[stop + 1] - sums[start + 1]) for start, stop in self.spans]
+
+    def identity(self) -> str:
+        """Return the hash of every window's tokens and of what is learnt of them."""
+        digest = hashlib.sha256(np.asarray(self.spans, dtype=np.int64).tobytes())
+        digest.update(self.tokens.numpy().tobytes())
+        digest.update(self.learned.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def _cut(start: int, stop: int, length: int) -> list[tuple[int, int]]:
@@ -110,9 +141,17 @@ def collate_windows(windows: Sequence[Window], *, pad_token: int) -> SequenceBat
     longest = int(lengths.max())
     input_ids = torch.full((len(windows), longest), pad_token, dtype=torch.long)
     labels = torch.full((len(windows), longest), pad_token, dtype=torch.long)
+    mask = torch.zeros((len(windows), longest), dtype=torch.bool)
     for row, window in enumerate(windows):
         input_ids[row, : lengths[row]] = window.input_ids
         labels[row, : lengths[row]] = window.labels
-    mask = torch.arange(longest) < lengths.unsqueeze(1)
-    padding = None if bool(mask.all()) else mask
-    return SequenceBatch(input_ids=input_ids, labels=labels, mask=mask, attention_mask=padding)
+        mask[row, : lengths[row]] = window.learned
+    real = torch.arange(longest) < lengths.unsqueeze(1)
+    indices = [w.index for w in windows if w.index is not None]
+    return SequenceBatch(
+        input_ids=input_ids,
+        labels=labels,
+        mask=mask,
+        attention_mask=None if bool(real.all()) else real,
+        windows=torch.tensor(indices) if len(indices) == len(windows) else None,
+    )

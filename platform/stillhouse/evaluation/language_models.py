@@ -64,8 +64,7 @@ def language_models(
         return model.to(device).eval()
 
     batches = [batch.to(device) for batch in data.evaluation_batches("test")]
-    whole = data.max_evaluation_windows is None
-    text_bytes = sum(len(d.encode()) for d in data.documents("test")) if whole else None
+    text_bytes = data.text_bytes("test")
     teacher = load(reference) if reference is not None else None
     numbers: dict[str, Mapping[str, float | int]] = {}
     samples: list[tuple[str, str, str]] = []

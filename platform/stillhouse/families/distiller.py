@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from stillhouse.errors import TrainingDiverged
+from stillhouse.errors import TrainingDiverged, UserError
 
 OptimizerBuilder = Callable[[nn.Module, int], OptimizerLRScheduler]
 
@@ -24,11 +24,11 @@ class Distiller(pl.LightningModule):
 
     The teacher's tensors are in no optimiser and in no checkpoint: they are found by identity, so
     a student may carry a part of its teacher without confusing the two. A checkpoint also holds
-    the state of every random generator, restored when training starts.
+    the state of every random generator of every rank, restored when training starts.
 
     Attributes:
         unit: what `units_seen` counts and the progress bar shows per second.
-        units_seen: how much the student was trained on so far.
+        units_seen: how much the student was trained on so far, by all ranks together.
     """
 
     unit = "samples"
@@ -97,15 +97,29 @@ class Distiller(pl.LightningModule):
         """Leave the teacher out, add the generators' states, refuse to keep NaN."""
         self.stop_if_parameters_not_finite()
         frozen = set() if self.teacher is None else {id(t) for t in tensors_of(self.teacher)}
+        # What a student does not learn is there again when it is built again.
+        frozen |= {id(p) for p in self.student.parameters() if not p.requires_grad}
         for name, tensor in self._named_tensors():
             if id(tensor) in frozen:
                 checkpoint["state_dict"].pop(name, None)
-        checkpoint["generators"] = generator_states()
+        checkpoint["generators"] = self._of_every_rank(generator_states())
         checkpoint["units_seen"] = self.units_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters; the generators wait until training starts."""
-        self._generators = checkpoint["generators"]
+        """Take the counters; the generators wait until training starts.
+
+        Raises:
+            UserError: when another number of ranks wrote the checkpoint. Its place in the data and
+                its generators mean nothing to them.
+        """
+        before, now = len(checkpoint["generators"]), self.trainer.world_size
+        if before != now:
+            raise UserError(
+                f"trainer.devices: the checkpoint of step {checkpoint['global_step']} was written "
+                f"by {before} processes, this is a run of {now}; set trainer.devices={before} to "
+                "go on from it, or begin the stage anew with force=<stage>"
+            )
+        self._generators = checkpoint["generators"][self.global_rank]
         self.units_seen = checkpoint["units_seen"]
 
     def on_train_start(self) -> None:
@@ -113,6 +127,16 @@ class Distiller(pl.LightningModule):
         if self._generators is not None:
             restore_generators(self._generators)
             self._generators = None
+        elif self.trainer.world_size > 1:
+            # One seed built equal networks; what ranks draw from here on must differ.
+            seed_generators(torch.initial_seed(), self.global_rank)
+
+    def _of_every_rank(self, value: Any) -> list[Any]:
+        """Return the value that each rank calls this with, in the order of ranks."""
+        values = [value] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_parameters(remove_duplicate=False)
@@ -123,6 +147,14 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Yield a module's parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def seed_generators(*numbers: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; neighbouring numbers are unrelated."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def generator_states() -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Records of language modelling.
 
-Shape legend: B batch, T positions, D width of the hidden states, V vocabulary.
+Shape legend: B batch, T positions, D width of the hidden states, V vocabulary, k kept tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,22 +23,20 @@ class SequenceBatch(NamedTuple):
         labels: [B, T]; labels[b, t] is the token that follows input_ids[b, t].
         mask: [B, T]; True where labels[b, t] counts.
         attention_mask: [B, T]; True at real tokens. None when nothing is padded.
+        windows: [B]; which window of its split each row is, by which a cached signal is found. None
+            where a window is drawn at random.
     """
 
     input_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"] | None = None
+    windows: Int[Tensor, "B"] | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "SequenceBatch":
         """Move every field, as `torch.Tensor.to` does."""
-        padding = self.attention_mask
-        return SequenceBatch(
-            input_ids=self.input_ids.to(*args, **kwargs),
-            labels=self.labels.to(*args, **kwargs),
-            mask=self.mask.to(*args, **kwargs),
-            attention_mask=None if padding is None else padding.to(*args, **kwargs),
-        )
+        fields: Any = (None if f is None else f.to(*args, **kwargs) for f in self)
+        return SequenceBatch(*fields)
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,19 @@ class VocabularyHead:
 class LanguageOutput:
     """What a language model says at every position; logits only when asked for.
 
-    It serves as the student's output and as a live teacher's signal alike.
+    It serves as the student's output and as the signal of a teacher whose last hidden states are
+    known, live or cached, alike.
 
     Attributes:
         hidden_states: [B, T, D], or rows [n, D]: the last ones, as the head reads them.
         head: from hidden states to logits.
+        layers: layer -> [B, T, D] or rows [n, D]: hidden states that were asked for, numbered as in
+            `transformers`: 0 the embeddings, i what block i hands on.
     """
 
     hidden_states: Float[Tensor, "*N D"]
     head: VocabularyHead
+    layers: Mapping[int, Float[Tensor, "*N D"]] = field(default_factory=dict)
 
     @cached_property
     def logits(self) -> Float[Tensor, "*N V"]:
@@ -95,7 +98,11 @@ class LanguageOutput:
         for known, kept in self._kept:
             if known is mask:
                 return kept
-        kept = LanguageOutput(hidden_states=self.hidden_states[mask], head=self.head)
+        kept = LanguageOutput(
+            hidden_states=self.hidden_states[mask],
+            head=self.head,
+            layers={layer: states[mask] for layer, states in self.layers.items()},
+        )
         self._kept.append((mask, kept))
         return kept
 
@@ -109,5 +116,34 @@ class LanguageOutput:
         return self.head.weight.shape[0]
 
 
+@dataclass(frozen=True)
+class TopKSignal:
+    """The k likeliest next tokens with their probabilities, and the mass of all others together.
+
+    Attributes:
+        token_ids: [B, T, k], or rows [n, k].
+        log_probs: their log-probabilities over the whole vocabulary, at temperature 1.
+        log_residual: [B, T] or [n]: log-probability that none of them comes; -inf where k = V.
+        vocabulary_size: V of the model that said it.
+        layers: as in `LanguageOutput`.
+    """
+
+    token_ids: Int[Tensor, "*N k"]
+    log_probs: Float[Tensor, "*N k"]
+    log_residual: Float[Tensor, "*N"]
+    vocabulary_size: int
+    layers: Mapping[int, Float[Tensor, "*N D"]] = field(default_factory=dict)
+
+    def at(self, mask: Bool[Tensor, "*N"]) -> "TopKSignal":
+        """Return the signal at the positions where `mask` is True, as rows [n, k]."""
+        return TopKSignal(
+            token_ids=self.token_ids[mask],
+            log_probs=self.log_probs[mask],
+            log_residual=self.log_residual[mask],
+            vocabulary_size=self.vocabulary_size,
+            layers={layer: states[mask] for layer, states in self.layers.items()},
+        )
+
+
 # What a teacher says of a batch, wherever it comes from.
-LanguageSignal = LanguageOutput
+LanguageSignal = LanguageOutput | TopKSignal

@@ -7,6 +7,7 @@ costs no heavy import.
 """
 
 import ast
+import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -80,6 +81,9 @@ def _hash_paths(node: Any, key: str = "") -> Any:
     names_a_path = isinstance(node, str) and (os.sep in node or key.endswith("path"))
     if names_a_path and (place := _existing(node)) is not None:
         return f"content:{content_hash(place)}"
+    if names_a_path and glob.has_magic(node):
+        files = sorted(glob.glob(os.path.expanduser(node), recursive=True))
+        return {"glob": node, "files": {f: content_hash(Path(f)) for f in files}}
     return node
 
 

@@ -7,22 +7,27 @@ from typing import Any
 import lightning.pytorch as pl
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from stillhouse.errors import UserError
 from stillhouse.families.checkpoints import latest_checkpoint, step_of
 from stillhouse.families.distiller import Distiller
+from stillhouse.stages import ranks
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.progress import StageProgress
 
 # What Lightning says of itself: advice that does not fit here (the teacher is in eval mode on
-# purpose, loaders are ours), and one warning of its own use of torch.
+# purpose, loaders are ours, what is logged was reduced over the ranks before), and one warning of
+# its own use of torch.
 LIGHTNING_CHATTER = (
     r".*module\(s\) in eval mode at the start of training.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`tensorboardX` has been removed.*",
     r".*does not have many workers.*",
+    r".*when logging on epoch level in distributed setting.*",
 )
 
 
@@ -70,20 +75,7 @@ class Fit:
         context.tracker.describe(sizes)
         progress = StageProgress(context.name, context.console)
         callbacks = [instantiate(node) for node in self.callbacks.values() if node is not None]
-        trainer: pl.Trainer = instantiate(self.trainer)(
-            default_root_dir=context.scratch,
-            logger=context.tracker.loggers or False,
-            callbacks=[progress, *callbacks],
-            # Without a checkpoint callback of its own, Lightning would add one.
-            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
-            enable_progress_bar=True,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-        if trainer.max_steps < 1:
-            raise UserError(
-                f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
-            )
+        trainer = self._trainer(context, [progress, *callbacks])
         checkpoint = latest_checkpoint(context.scratch)
         for logger in context.tracker.loggers:
             if isinstance(logger, SeriesLogger):
@@ -91,19 +83,50 @@ class Fit:
         with warnings.catch_warnings():
             for message in LIGHTNING_CHATTER:
                 warnings.filterwarnings("ignore", message=message)
-            try:
-                trainer.fit(
-                    module,
-                    datamodule=data,
-                    ckpt_path=checkpoint,
-                    weights_only=True,
-                )
-            except SystemExit as stopped:  # what Lightning makes of Ctrl-C
-                raise KeyboardInterrupt from stopped
+            with ranks.joined(self, context, trainer):
+                try:
+                    trainer.fit(
+                        module,
+                        datamodule=data,
+                        ckpt_path=checkpoint,
+                        weights_only=True,
+                    )
+                except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+                    raise KeyboardInterrupt from stopped
         module.stop_if_parameters_not_finite()
         if trainer.is_global_zero:
             module.export(context.output, data)
         return StageResult(metrics={**sizes, **module.summary()})
+
+    def _trainer(self, context: StageContext, callbacks: list[pl.Callback]) -> pl.Trainer:
+        """Build the trainer.
+
+        Raises:
+            UserError: for values that Lightning refuses, and for a budget of no step.
+        """
+        try:
+            trainer: pl.Trainer = instantiate(self.trainer)(
+                default_root_dir=context.scratch,
+                logger=context.tracker.loggers or False,
+                callbacks=callbacks,
+                # Without a checkpoint callback of its own, Lightning would add one.
+                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+                enable_progress_bar=True,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                # A stage starts its ranks itself, whatever cluster started this process.
+                plugins=LightningEnvironment(),
+            )
+        except (MisconfigurationException, TypeError) as error:
+            given = ", ".join(f"{k}={self.trainer.get(k)}" for k in ("accelerator", "devices"))
+            raise UserError(
+                f"stage {context.name}: Lightning refuses its trainer ({given}): {error}"
+            ) from error
+        if trainer.max_steps < 1:
+            raise UserError(
+                f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
+            )
+        return trainer
 
 
 def number_of_parameters(module: nn.Module) -> int:

@@ -61,7 +61,7 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
     overlay.apply(config)
     workspace = Workspace(run=folder, cache=Path(config.paths.cache).expanduser(), config=config)
     _check_names(workspace)
-    preflight.refuse_several_devices(config, sweep=is_sweep())
+    preflight.check_devices(config, sweep=is_sweep())
     signatures.check(config, workspace.stages)
     _check_reference(config)
     plan = make_plan(workspace)
@@ -154,7 +154,8 @@ def make_plan(workspace: Workspace) -> list[Step]:
         elif workspace.home(stage).exists():
             state = "rebuild"
         else:
-            begun = any(workspace.scratch(stage).glob("checkpoints/*"))
+            scratch = workspace.scratch(stage)
+            begun = [*scratch.glob("checkpoints/*"), *scratch.glob("shards/*")]
             state = "resume" if begun else "run"
         plan.append(Step(stage, state, manifest.seconds if manifest else None))
     return plan
@@ -252,7 +253,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)
 
 
 def _check_names(workspace: Workspace) -> None:
@@ -282,7 +284,7 @@ def _check_reference(config: DictConfig) -> None:
 def _print_plan(plan: list[Step], workspace: Workspace, console: Console) -> None:
     table = Table("stage", "what would happen", "took", "where", title="plan")
     say = {"cached": "taken from the cache", "done": "done, skipped", "run": "run"}
-    say |= {"resume": "go on from its last checkpoint", "rebuild": "made anew (it does not match)"}
+    say |= {"resume": "go on where it stopped", "rebuild": "made anew (it does not match)"}
     say |= {"forced": "run again (force)", "not needed": "left out: no stage needs it"}
     for step in plan:
         took = f"{step.seconds:.0f} s" if step.seconds is not None else ""

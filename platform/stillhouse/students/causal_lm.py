@@ -1,9 +1,11 @@
 """Causal language models: from scratch by shape, or any of `transformers` by path."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -139,16 +141,42 @@ def vocabulary_head(model: PreTrainedModel) -> VocabularyHead:
     )
 
 
-def read_output(model: PreTrainedModel, batch: SequenceBatch) -> LanguageOutput:
-    """Run a causal model's body on a batch; the head is handed on, not applied."""
+def read_output(
+    model: nn.Module, batch: SequenceBatch, *, layers: Sequence[int] = ()
+) -> LanguageOutput:
+    """Run a causal model's body on a batch; the head is handed on, not applied.
+
+    Args:
+        model: the model, perhaps with adapters around it.
+        batch: its sequences.
+        layers: whose hidden states are kept, as `LanguageOutput.layers` numbers them.
+    """
     padding = batch.attention_mask
-    body: Any = model.base_model
-    states = body(
+    plain = without_adapters(model)
+    body: Any = plain.base_model
+    output = body(
         input_ids=batch.input_ids,
         attention_mask=None if padding is None else padding.long(),
         use_cache=False,
-    ).last_hidden_state
-    return LanguageOutput(hidden_states=states, head=vocabulary_head(model))
+        output_hidden_states=bool(layers),
+    )
+    return LanguageOutput(
+        hidden_states=output.last_hidden_state,
+        head=vocabulary_head(plain),
+        layers={layer: output.hidden_states[layer] for layer in layers},
+    )
+
+
+def without_adapters(model: nn.Module) -> PreTrainedModel:
+    """Return the model that `peft` has wrapped; the adapters stay inside its layers."""
+    perhaps_wrapped: Any = model
+    return perhaps_wrapped.get_base_model() if hasattr(model, "peft_config") else perhaps_wrapped
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """Return a plain model: adapters, where there are any, are added to the weights, in place."""
+    perhaps_wrapped: Any = model
+    return perhaps_wrapped.merge_and_unload() if hasattr(model, "peft_config") else perhaps_wrapped
 
 
 @torch.no_grad()

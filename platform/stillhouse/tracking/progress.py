@@ -76,7 +76,7 @@ class StageProgress(ProgressBar):
         rate = units / max(now - self._began, 1e-9)
         loss = trainer.callback_metrics.get("train_loss", trainer.progress_bar_metrics.get("loss"))
         facts = f"loss {float(loss):.3f}  " if loss is not None else ""
-        facts += f"{_short(float(rate))} {pl_module.unit}/s"
+        facts += f"{short(float(rate))} {pl_module.unit}/s"
         if self._progress is not None:
             task = self._progress.task_ids[0]
             self._progress.update(task, completed=trainer.global_step, facts=facts)
@@ -95,7 +95,8 @@ class StageProgress(ProgressBar):
             self._progress = None
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Return a number in a few characters: 12.3k, 4.5M."""
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{suffix}"

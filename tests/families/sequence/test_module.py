@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stillhouse.data.encoding import text_as_tokens
 from stillhouse.data.language import KeptBatches
 from stillhouse.data.windows import TokenWindows, collate_windows
 from stillhouse.errors import TrainingDiverged
@@ -16,7 +17,9 @@ from stillhouse.records.losses import LossTerms
 from stillhouse.teachers.live import LiveTeacher
 
 DOCUMENTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [3, 5], [8, 9, 7, 9], [3]]
-WINDOWS = TokenWindows(DOCUMENTS, length=16, end_token=0, packing=False).in_order()
+WINDOWS = TokenWindows(
+    [text_as_tokens(d, 0) for d in DOCUMENTS], length=16, end_token=0, packing=False
+).in_order()
 collate = partial(collate_windows, pad_token=0)
 # Token counts of 10 and 10 would hide a wrong mean: 10 tokens against 3 + 5 + 2, padded, do not.
 MICRO_BATCHES = [collate(WINDOWS[:1]), collate(WINDOWS[1:3]), collate(WINDOWS[3:])]

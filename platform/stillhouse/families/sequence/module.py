@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from stillhouse.data.language import LanguageData
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.objectives.tokens import token_cross_entropy
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
-from stillhouse.students.causal_lm import read_output
+from stillhouse.students.causal_lm import merged, read_output
 
 SequenceMethod = Callable[[LanguageOutput, LanguageSignal | None, SequenceBatch], LossTerms]
 
@@ -28,17 +27,17 @@ class SequenceDistiller(Distiller):
     """
 
     unit = "tokens"
-    student: PreTrainedModel
 
     def __init__(
         self,
-        student: PreTrainedModel,
+        student: nn.Module,
         teacher: nn.Module | None,
         method: SequenceMethod,
         optimizer: OptimizerBuilder,
     ) -> None:
         super().__init__(student, teacher, method, optimizer)
-        self._tokens_in_window = torch.zeros((), dtype=torch.long)
+        self._tokens = torch.zeros((), dtype=torch.long)
+        self._losses: dict[str, Tensor] = {}
         self._validation_sums: list[tuple[Tensor, Tensor]] = []
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
@@ -47,42 +46,54 @@ class SequenceDistiller(Distiller):
         losses: LossTerms = self.method(read_output(self.student, batch), signal, batch)
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         count = batch.mask.sum()
-        self._tokens_in_window = self._tokens_in_window.to(count.device) + count
-        self.units_seen += int(count) * self.trainer.world_size
-        self.log_dict(
-            {"train_loss": losses.total.detach()}
-            | {f"train_{name}": value for name, value in losses.terms.items()},
-            batch_size=1,
-        )
+        self._tokens = self._tokens.to(count.device) + count
+        for name, mean in [("loss", losses.total.detach()), *losses.terms.items()]:
+            self._losses[name] = self._losses.get(name, 0) + mean * count
         # Lightning divides by the length of the window; the global token count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn summed gradients into those of the global token mean."""
-        tokens = self._tokens_in_window
-        if self.trainer.world_size > 1:
-            tokens = self.all_gather(tokens).sum()  # type: ignore[union-attr]
+        """Turn summed gradients into those of the global token mean; log that mean."""
+        names, sums = list(self._losses), torch.stack(list(self._losses.values()))
+        tokens, sums = self._over_ranks(self._tokens, sums)
         # Strategies average gradients over ranks, the count is summed over them.
         scale = self.trainer.world_size / tokens.clamp_min(1)
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
         torch._foreach_mul_([g for g in gradients if g is not None], scale.to(self.device))
-        self._tokens_in_window = torch.zeros_like(self._tokens_in_window)
+        means = (sums / tokens.clamp_min(1)).unbind()
+        self.log_dict({f"train_{n}": m for n, m in zip(names, means, strict=True)}, batch_size=1)
+        self.units_seen += int(tokens)
+        self._tokens = torch.zeros_like(self._tokens)
+        self._losses.clear()
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Sum the student's negative log-likelihood over the batch's tokens."""
+        """Sum the student's negative log-likelihood over the tokens of this rank's batches."""
+        if batch_idx % self.trainer.world_size != self.global_rank:
+            return
         nll = token_cross_entropy(read_output(self.student, batch), batch.labels, batch.mask)
         count = batch.mask.sum()
         self._validation_sums.append((nll * count, count))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_nll`, nats a token, over all validation tokens."""
-        total, count = (torch.stack(t).sum() for t in zip(*self._validation_sums, strict=True))
+        # There may be fewer batches than ranks.
+        none = torch.zeros((), device=self.device)
+        pairs = [(none, none.long()), *self._validation_sums]
+        totals, counts = (torch.stack(column) for column in zip(*pairs, strict=True))
         self._validation_sums.clear()
-        if self.trainer.world_size > 1:
-            total, count = self.all_gather(total).sum(), self.all_gather(count).sum()  # type: ignore[union-attr]
-        self.log("val_nll", total / count)
+        count, total = self._over_ranks(counts.sum(), totals.sum(0, keepdim=True))
+        self.log("val_nll", total[0] / count)
+
+    def _over_ranks(self, count: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a count and sums [n], each added up over the ranks, with one collective."""
+        if self.trainer.world_size == 1:
+            return count, sums
+        # float64 holds every count exactly.
+        packed = torch.cat([count.double().unsqueeze(0), sums.double()])
+        torch.distributed.all_reduce(packed)
+        return packed[0], packed[1:].to(sums.dtype)
 
     def export(self, folder: Path, data: LanguageData) -> None:  # type: ignore[override]
-        """Write student and tokenizer as an ordinary `transformers` folder."""
-        self.student.save_pretrained(folder)
+        """Write student and tokenizer as an ordinary `transformers` folder, adapters merged."""
+        merged(self.student).save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)

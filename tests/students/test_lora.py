@@ -1,0 +1,128 @@
+"""LoRA students: only the adapters learn and are kept; what goes home is a plain model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from stillhouse.errors import UserError
+from stillhouse.families.sequence.module import SequenceDistiller
+from stillhouse.families.sequence.sft import sft
+from stillhouse.students.causal_lm import merged, read_output
+from stillhouse.students.lora import lora
+
+
+@pytest.fixture
+def adapted(language_world):
+    """A function that makes the student; its B matrices, which start at 0, are set at random."""
+
+    def adapted(**changes):
+        settings = {
+            "path": str(language_world.model),
+            "rank": 4,
+            "alpha": 8.0,
+            "dropout": 0.0,
+            "target_modules": "all-linear",
+            "dtype": "float32",
+            "attn_implementation": "sdpa",
+        }
+        student = lora(language_world.data(), **(settings | changes))
+        torch.manual_seed(0)
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return student
+
+    return adapted
+
+
+def first_batch(world):
+    return next(world.data().training_batches(range(4)))
+
+
+def test_only_adapters_of_all_linear_layers_but_the_head_learn(adapted):
+    names = [n for n, p in adapted().named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in n for n in names)
+    assert len(names) == 2 * 2 * 7
+    few = [n for n, p in adapted(target_modules=["q_proj"]).named_parameters() if p.requires_grad]
+    assert len(few) == 2 * 2
+
+
+def test_the_output_is_that_of_the_adapted_model_and_survives_merging(
+    adapted, language_world, tmp_path
+):
+    student = adapted().eval()
+    batch = first_batch(language_world)
+    with torch.no_grad():
+        before = read_output(student, batch).logits
+        own = student(input_ids=batch.input_ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(language_world.model)(batch.input_ids).logits
+        torch.testing.assert_close(before[batch.mask], own[batch.mask])
+        assert (before - plain).abs().max() > 0.1
+        model = merged(student)
+        assert type(model) is LlamaForCausalLM
+        model.save_pretrained(tmp_path)
+        after = AutoModelForCausalLM.from_pretrained(tmp_path)(batch.input_ids).logits
+    torch.testing.assert_close(after[batch.mask], before[batch.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_adapters_is_merged_as_it_is(tiny_llama):
+    model = tiny_llama()
+    assert merged(model) is model
+
+
+def test_a_step_moves_the_adapters_alone_and_a_checkpoint_holds_them_alone(
+    adapted, language_world, fit_for_one_step
+):
+    student = adapted()
+    frozen = {n: p.detach().clone() for n, p in student.named_parameters() if not p.requires_grad}
+    moved = {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
+    distiller = SequenceDistiller(student, None, sft, plain_sgd)
+    checkpoint = fit_for_one_step(distiller, [first_batch(language_world)])
+    parameters = dict(student.named_parameters())
+    assert all(torch.equal(parameters[n], before) for n, before in frozen.items())
+    assert not any(torch.equal(parameters[n], before) for n, before in moved.items())
+    kept = set(checkpoint["state_dict"])
+    assert kept == {f"student.{n}" for n in moved}
+
+
+def plain_sgd(module, max_steps):
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
+
+
+@pytest.fixture
+def fit_for_one_step(tmp_path):
+    import lightning.pytorch as pl
+
+    from stillhouse.data.language import KeptBatches
+
+    def fit(distiller, batches):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+            max_steps=1,
+        )
+        distiller.train()
+        trainer.fit(distiller, KeptBatches(batches), KeptBatches(batches))
+        trainer.save_checkpoint(tmp_path / "step.ckpt")
+        return torch.load(tmp_path / "step.ckpt", weights_only=True)
+
+    return fit
+
+
+def test_names_that_no_layer_has_are_refused(adapted):
+    with pytest.raises(UserError) as caught:
+        adapted(target_modules=["query"])
+    assert str(caught.value) == (
+        "student.target_modules=['query']: the model has no such layers; it has down_proj, "
+        "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj; all-linear takes all of them "
+        "but the head"
+    )
+    with pytest.raises(UserError, match=r"student\.rank=0: expected 1 or more"):
+        adapted(rank=0)
