@@ -24,7 +24,8 @@ def changed(**changes: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"method__temperature": 2.0}, {"data__batch_size": 8}]
+    "change",
+    [{"seed": 1}, {"method__temperature": 2.0}, {"data__batch_size": 8}, {"trainer__devices": 2}],
 )
 def test_what_decides_the_result_changes_it(change) -> None:
     assert changed(**change) != fp.fingerprint(NODE)
@@ -32,7 +33,7 @@ def test_what_decides_the_result_changes_it(change) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"trainer__devices": 4}, {"data__num_workers": 2}, {"trainer__log_every_n_steps": 3}],
+    [{"trainer__devices": [3]}, {"data__num_workers": 2}, {"trainer__log_every_n_steps": 3}],
 )
 def test_how_and_where_a_stage_runs_does_not(change) -> None:
     assert changed(**change) == fp.fingerprint(NODE)

@@ -30,10 +30,8 @@ NEUTRAL_KEYS = frozenset(
     {
         "accelerator",
         "checkpoint_every_n_steps",
-        "devices",
         "enable_model_summary",
         "log_every_n_steps",
-        "num_nodes",
         "num_workers",
         "pin_memory",
         "profiler",
@@ -52,9 +50,15 @@ def fingerprint(node: dict[str, Any]) -> str:
 
 
 def without_neutral_keys(node: Any) -> Any:
-    """Copy a node without the keys that cannot change a result."""
+    """Copy a node without the keys that cannot change a result.
+
+    Of `devices` the number stays: it multiplies the global batch. Which ones they are does not.
+    """
     if isinstance(node, dict):
-        return {k: without_neutral_keys(v) for k, v in node.items() if k not in NEUTRAL_KEYS}
+        kept = {k: without_neutral_keys(v) for k, v in node.items() if k not in NEUTRAL_KEYS}
+        if isinstance(kept.get("devices"), list):
+            kept["devices"] = len(kept["devices"])
+        return kept
     if isinstance(node, list):
         return [without_neutral_keys(v) for v in node]
     return node
