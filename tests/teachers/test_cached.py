@@ -21,9 +21,9 @@ from stillhouse.teachers.live import live_teacher
 
 V = 300
 CODECS = {
-    "all tokens": TopK(k=V, dtype="float32"),
+    "all tokens": TopK(k=V, tail_samples=0, dtype="float32"),
     "hidden states": Hidden(dtype="float32"),
-    "top 8": TopK(k=8, dtype="float16"),
+    "top 8": TopK(k=8, tail_samples=3, dtype="float16"),
 }
 
 
@@ -93,9 +93,9 @@ def test_loss_and_gradient_equal_the_live_teacher_s(
 
 
 def test_a_truncated_signal_is_near_and_says_how_near(cached, language_world):
-    _, eight = cached(TopK(k=8, dtype="float16"))
-    _, sixty_four = cached(TopK(k=64, dtype="float16"))
-    _, everything = cached(TopK(k=V, dtype="float32"))
+    _, eight = cached(TopK(k=8, tail_samples=0, dtype="float16"))
+    _, sixty_four = cached(TopK(k=64, tail_samples=0, dtype="float16"))
+    _, everything = cached(TopK(k=V, tail_samples=0, dtype="float32"))
     assert eight["kl_to_dense"] > sixty_four["kl_to_dense"] > 0
     assert abs(everything["kl_to_dense"]) < 1e-6
     assert eight["bytes_per_token"] < sixty_four["bytes_per_token"] < everything["bytes_per_token"]
@@ -104,7 +104,7 @@ def test_a_truncated_signal_is_near_and_says_how_near(cached, language_world):
 def test_the_reported_kl_is_that_of_the_signal_with_its_residual_spread_evenly(
     cached, language_world
 ):
-    codec = TopK(k=8, dtype="float32")
+    codec = TopK(k=8, tail_samples=0, dtype="float32")
     _, metrics = cached(codec)
     data = language_world.data()
     teacher = live_teacher(data, path=str(language_world.model))
@@ -236,9 +236,10 @@ def test_other_windows_are_refused(signal, language_world, changes):
 
 
 def test_another_codec_is_refused(signal, language_world):
-    assert refusal(language_world, signal, codec=TopK(k=9, dtype="float16")) == (
-        f"teacher.signal_path={signal}: the signal is stored as TopK(k=8, dtype=float16), not as "
-        "codec=TopK(k=9, dtype=float16); make it anew with force=cache, or take teacher=live"
+    assert refusal(language_world, signal, codec=TopK(k=9, tail_samples=3, dtype="float16")) == (
+        f"teacher.signal_path={signal}: the signal is stored as TopK(k=8, tail_samples=3, "
+        "dtype=float16), not as codec=TopK(k=9, tail_samples=3, dtype=float16); make it anew with "
+        "force=cache, or take teacher=live"
     )
 
 
@@ -282,7 +283,7 @@ def test_more_tokens_than_the_vocabulary_has_are_refused_before_any_work(
 ):
     context = stage_context("cache")
     with pytest.raises(UserError, match=r"codec.k=301: the teacher's vocabulary has 300 tokens"):
-        cache_stage(language_world, TopK(k=301, dtype="float16"))(context)
+        cache_stage(language_world, TopK(k=301, tail_samples=0, dtype="float16"))(context)
     assert not list(context.scratch.glob("shards/*"))
 
 

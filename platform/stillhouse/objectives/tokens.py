@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stillhouse.objectives.divergences import Divergence
-from stillhouse.objectives.top_k import coarse_log_probs
+from stillhouse.objectives.top_k import top_k_divergence
 from stillhouse.records.language import LanguageOutput, LanguageSignal, TopKSignal
 
 
@@ -39,14 +39,14 @@ def token_divergence(
     """D(P_τ, Q_τ), nats, mean over the unmasked tokens.
 
     Vocabularies of one tokenizer that are padded to different sizes are compared on the columns
-    that they share: both distributions are normalised over these. Against a `TopKSignal` both are
-    distributions over k + 1 symbols, as `objectives.top_k` says.
+    that they share: both distributions are normalised over these. What a `TopKSignal` is compared
+    with, `objectives.top_k` says.
     """
     shared = min(student.vocabulary_size, signal.vocabulary_size)
     if isinstance(signal, TopKSignal):
         logits = student.at(mask).logits[..., :shared]
-        log_q, log_p = coarse_log_probs(logits, signal.at(mask), temperature=temperature)
-        return mean(divergence(log_q, log_p))
+        rows = signal.at(mask)
+        return mean(top_k_divergence(logits, rows, divergence=divergence, temperature=temperature))
     log_q = log_probs(student.at(mask).logits[..., :shared], temperature)
     log_p = log_probs(signal.at(mask).logits[..., :shared].detach(), temperature)
     return mean(divergence(log_q, log_p))

@@ -118,12 +118,14 @@ class LanguageOutput:
 
 @dataclass(frozen=True)
 class TopKSignal:
-    """The k likeliest next tokens with their probabilities, and the mass of all others together.
+    """The k likeliest next tokens with their probabilities, and what is known of all others.
 
     Attributes:
         token_ids: [B, T, k], or rows [n, k].
         log_probs: their log-probabilities over the whole vocabulary, at temperature 1.
         log_residual: [B, T] or [n]: log-probability that none of them comes; -inf where k = V.
+        tail_ids: [B, T, s] or [n, s]: tokens drawn from the distribution of the others; s may be 0.
+        tail_entropy: [B, T] or [n]: entropy of that distribution, nats.
         vocabulary_size: V of the model that said it.
         layers: as in `LanguageOutput`.
     """
@@ -131,6 +133,8 @@ class TopKSignal:
     token_ids: Int[Tensor, "*N k"]
     log_probs: Float[Tensor, "*N k"]
     log_residual: Float[Tensor, "*N"]
+    tail_ids: Int[Tensor, "*N s"]
+    tail_entropy: Float[Tensor, "*N"]
     vocabulary_size: int
     layers: Mapping[int, Float[Tensor, "*N D"]] = field(default_factory=dict)
 
@@ -140,6 +144,8 @@ class TopKSignal:
             token_ids=self.token_ids[mask],
             log_probs=self.log_probs[mask],
             log_residual=self.log_residual[mask],
+            tail_ids=self.tail_ids[mask],
+            tail_entropy=self.tail_entropy[mask],
             vocabulary_size=self.vocabulary_size,
             layers={layer: states[mask] for layer, states in self.layers.items()},
         )

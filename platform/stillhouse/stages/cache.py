@@ -72,7 +72,10 @@ class CacheSignal:
                 else:
                     span = range(number * size, number * size + len(shard))
                     batches = data.training_batches(span)
-                    write_shard(path, *_encode(teacher, codec, batches, device, progress))
+                    # A shard has its own draws, whichever attempt writes it.
+                    draws = torch.Generator(device).manual_seed(number)
+                    rows, facts = _encode(teacher, codec, batches, draws, progress)
+                    write_shard(path, rows, facts)
                 table.append({"file": path.name, "windows": len(shard), "rows": sum(shard)})
 
         kl = sum(float(facts_in(folder / s["file"])["kl"]) for s in table)
@@ -104,15 +107,16 @@ def _encode(
     teacher: LiveTeacher,
     codec: Codec,
     batches: Iterable[SequenceBatch],
-    device: torch.device,
+    draws: torch.Generator,
     progress: WorkProgress,
 ) -> tuple[Rows, dict[str, str]]:
     """Return the rows of a shard, and the sum of KL(dense, stored) over them."""
+    device = draws.device
     pieces: list[Rows] = []
     kl = 0.0
     for batch in batches:
         output = teacher(batch.to(device)).at(batch.mask.to(device))
-        rows = {name: tensor.cpu() for name, tensor in codec.encode(output).items()}
+        rows = {name: tensor.cpu() for name, tensor in codec.encode(output, draws).items()}
         stored = codec.decode(rows, output.vocabulary_size, output.head)
         kl += float(forward_kl(dense(stored, device), log_probs(output.logits)).double().sum())
         pieces.append(rows)

@@ -71,6 +71,8 @@ class CachedTeacher(nn.Module):
             token_ids=_laid_out(signal.token_ids, batch.mask),
             log_probs=_laid_out(signal.log_probs, batch.mask),
             log_residual=_laid_out(residual, batch.mask),
+            tail_ids=_laid_out(signal.tail_ids, batch.mask),
+            tail_entropy=_laid_out(signal.tail_entropy, batch.mask),
             layers=_layers_laid_out(signal.layers, batch.mask),
         )
 
