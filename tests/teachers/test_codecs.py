@@ -102,11 +102,7 @@ def test_more_tokens_than_the_vocabulary_has_are_refused():
 
 
 def test_descriptions_tell_codecs_apart():
-    codecs = [
-        TopK(k=4, tail_samples=0, dtype="float16"),
-        TopK(k=4, tail_samples=0, dtype="float32"),
-        TopK(k=5, tail_samples=0, dtype="float16"),
-    ]
-    codecs += [TopK(k=4, tail_samples=1, dtype="float16")]
+    settings = [(4, 0, "float16"), (4, 0, "float32"), (5, 0, "float16"), (4, 1, "float16")]
+    codecs = [TopK(k=k, tail_samples=n, dtype=dtype) for k, n, dtype in settings]
     codecs += [Hidden(dtype="float16"), Hidden(dtype="float32")]
     assert len({str(describe(codec)) for codec in codecs}) == len(codecs)
