@@ -1,6 +1,7 @@
 """The command line as tests run it: in this process, or as a real one."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,6 +52,27 @@ def run_process(*arguments: str, folder: Path, cache: Path, seconds: float = 300
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def start_process(*arguments: str, folder: Path, cache: Path) -> subprocess.Popen[str]:
+    """Start `python run.py …` in `folder` as a process of a group of its own."""
+    return subprocess.Popen(
+        command_line(*arguments),
+        cwd=folder,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts background jobs, perhaps this test run, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process and its children."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def run_here(capfd, *arguments: str) -> Finished:

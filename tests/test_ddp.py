@@ -17,6 +17,7 @@ from commands import (
     only_run,
     run_here,
     run_process,
+    start_process,
 )
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -138,16 +139,7 @@ LONG = (
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start a command, wait until it has trained for a while, and return it."""
     wanted = random.randint(10, 100)
-    process = subprocess.Popen(
-        command_line(*arguments),
-        cwd=folder,
-        env=environment(folder / "cache"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs, perhaps this test run, with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start_process(*arguments, folder=folder, cache=folder / "cache")
     deadline = time.monotonic() + 100
     while True:
         assert process.poll() is None, process.communicate()[1]

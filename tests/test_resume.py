@@ -1,15 +1,13 @@
 """A killed run goes on where it was: resumed equals uninterrupted, bit for bit."""
 
 import json
-import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from commands import TINY, command_line, environment, only_run, run_process
+from commands import TINY, kill, only_run, run_process, start_process
 from safetensors.torch import load_file
 
 # One short document, so that the stages run across several epochs of their data.
@@ -39,14 +37,7 @@ SETTINGS = {
 def kill_within(stage: str, arguments: tuple[str, ...], folder: Path, cache: Path) -> int:
     """Start the command and SIGKILL it at a random step of a stage; return the last step seen."""
     wanted = random.randint(5, 50)
-    process = subprocess.Popen(
-        command_line(*arguments),
-        cwd=folder,
-        env=environment(cache),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = start_process(*arguments, folder=folder, cache=cache)
     seen = 0
     deadline = time.monotonic() + 200
     while seen < wanted:
@@ -58,23 +49,62 @@ def kill_within(stage: str, arguments: tuple[str, ...], folder: Path, cache: Pat
             rows = path.read_text().splitlines()[1:]
             seen = max([seen, *(int(r.split(",")[1]) for r in rows[:-1])])
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     return seen
+
+
+def kill_among_shards(arguments: tuple[str, ...], folder: Path, cache: Path) -> None:
+    """Start the command and SIGKILL it when a random number of shards is written."""
+    wanted = random.randint(1, 12)
+    process = start_process(*arguments, folder=folder, cache=cache)
+    deadline = time.monotonic() + 200
+    while len(list(cache.glob("*.work/shards/*"))) < wanted:
+        assert process.poll() is None, f"the command ended before shard {wanted}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    kill(process)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [
+        ("cache", ("teacher=cached", "stages.cache.windows_per_shard=20")),
+        (
+            "generate",
+            (
+                "experiment=sequence_kd",
+                "stages.generate.batch_size=4",
+                "stages.generate.max_sequences=100",
+                "decoding.max_new_tokens=12",
+            ),
+        ),
+    ],
+)
+def test_a_killed_stage_of_shards_goes_on_and_leaves_what_an_uninterrupted_one_leaves(
+    tmp_path: Path, stage: str, arguments: tuple[str, ...]
+) -> None:
+    arguments = (*TINY, *arguments, f"stop_after={stage}")
+    contents = []
+    for name in ("whole", "broken"):
+        folder, cache = tmp_path / name, tmp_path / f"cache of {name}"
+        folder.mkdir()
+        if name == "broken":
+            kill_among_shards(arguments, folder, cache)
+            before = {p: p.stat().st_mtime_ns for p in cache.glob("*.work/shards/*")}
+            assert before
+        done = run_process(*arguments, folder=folder, cache=cache)
+        assert done.code == 0, done.err
+        (home,) = (p for p in cache.glob(f"{stage}-*") if p.is_dir())
+        names = {p.name for p in home.iterdir()} - {"manifest.json", "provenance.json"}
+        told = {"signal.json", "dataset_info.json", "state.json"}
+        contents.append({n: (home / n).read_bytes() for n in names - told})
+    assert contents[0] == contents[1]
 
 
 def test_interrupted_says_how_to_go_on(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    process = subprocess.Popen(
-        command_line(*TINY, "experiment=sft", "trainer.max_steps=5000"),
-        cwd=tmp_path,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs, perhaps this test run, with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    arguments = (*TINY, "experiment=sft", "trainer.max_steps=5000")
+    process = start_process(*arguments, folder=tmp_path, cache=cache)
     while not list(tmp_path.glob("outputs/*/*/work/train/checkpoints/*.ckpt")):
         assert process.poll() is None
         time.sleep(0.05)
