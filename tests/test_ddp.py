@@ -229,7 +229,7 @@ def test_run_is_not_resumed_with_another_number_of_processes(capfd, tmp_path, mo
     assert run_here(capfd, f"resume={folder}", "trainer.devices=1") == Finished(
         2,
         "",
-        f"error: resume={folder}: trainer.devices stood for 2 when it began, for 1 now: the number "
-        "of processes decides what a step sees; give the same, or start a new run\n",
+        f"error: resume={folder}: its config differs from this command's (1 keys, then -> now): "
+        "trainer.devices: 2 -> 1; give the same keys, or start a new run\n",
     )
     assert (folder / ".hydra" / "overrides.yaml").read_text() == kept

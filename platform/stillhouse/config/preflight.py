@@ -172,13 +172,6 @@ def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> 
             f"resume={folder}: its config differs from this command's {differences}; give the same "
             "keys, or start a new run"
         )
-    for (place, _, then), (_, _, count) in zip(_trainers(saved), _trainers(now), strict=True):
-        if then != count:
-            raise UserError(
-                f"resume={folder}: {place}.devices stood for {then} when it began, for {count} "
-                "now: the number of processes decides what a step sees; give the same, or start a "
-                "new run"
-            )
     return [*options, *kept, *given, f"hydra.run.dir={folder}"]
 
 
