@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from stillhouse.config import arguments
 
 INTERRUPTED = 130
+NOT_READ = 141
 
 
 def config_folder() -> Path:
@@ -25,7 +26,13 @@ def config_folder() -> Path:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 something to mend, 1 a fault of ours."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = NOT_READ
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -44,6 +51,8 @@ def run(argv: list[str]) -> int:
         _hydra(argv, outcomes)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         return _tell(error, argv)
     if any(o.error for o in outcomes):
