@@ -51,6 +51,10 @@ class ResumeCheckpoint(Checkpoint):
         step = trainer.global_step
         if step - self._last_step < self.checkpoint_every_n_steps or step >= trainer.max_steps:
             return
+        # Half a window's gradients would be lost: after a batch that was passed over for its
+        # validation, the next one is in the middle of a window.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         # Going on from here would skip a validation that follows this batch: wait for the next one.
         interval = trainer.val_check_batch
         if isinstance(interval, int) and (batch_idx + 1) % interval == 0:
