@@ -17,6 +17,14 @@ os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty present folder, with a cache of its own below it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """A function that makes a random Llama in float64 from a seed; keywords change its config."""

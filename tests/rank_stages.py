@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from training import bare_trainer, plain_sgd
 
 from stillhouse.data.language import KeptBatches
 from stillhouse.errors import TrainingDiverged, UserError
@@ -53,11 +53,6 @@ def batch_of(document: list[int]) -> SequenceBatch:
     return SequenceBatch(ids, labels, torch.ones_like(ids, dtype=torch.bool))
 
 
-def plain_sgd(module, max_steps):
-    """A step of rate 1 without state: what the parameters lose is the gradient."""
-    return torch.optim.SGD(module.parameters(), lr=1.0)
-
-
 def rank() -> int:
     """Return the rank of this process."""
     return int(os.environ.get("LOCAL_RANK", 0))
@@ -82,20 +77,14 @@ class OneStep:
         teacher = LiveTeacher(tiny_gpt2(2))
         module = SequenceDistiller(tiny_gpt2(1), teacher, self._method, plain_sgd).train()
         before = [p.detach().clone() for p in module.student.parameters()]
-        trainer = pl.Trainer(
-            accelerator="cpu",
+        trainer = bare_trainer(
+            context.scratch,
             devices=self.devices,
             strategy="ddp" if self.devices > 1 else "auto",
             max_steps=1,
             accumulate_grad_batches=len(DOCUMENTS) // self.devices,
             val_check_interval=len(DOCUMENTS) // self.devices,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            default_root_dir=context.scratch,
             plugins=LightningEnvironment(),
         )
         batches = [batch_of(d) for d in DOCUMENTS]

@@ -4,15 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-import pytest
 from commands import TINY, Finished, only_run, run_here
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 def refused(finished: Finished) -> str:

@@ -19,13 +19,6 @@ CONF = ROOT / "conf"
 RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def compose(recipe: str, *overrides: str):
     register_schemas()
     register_resolvers()

@@ -3,15 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
 from commands import TINY, run_here
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 def test_one_failure_leaves_the_others_and_is_run_again_alone(capfd, here: Path) -> None:

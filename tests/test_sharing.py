@@ -7,13 +7,6 @@ import pytest
 from commands import TINY, only_run, run_here, start_process
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def test_two_processes_at_once_train_one_teacher(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     arguments = (*TINY, "stages.teacher.trainer.max_steps=40")

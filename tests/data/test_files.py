@@ -1,33 +1,14 @@
-import json
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from own_files import ANSWER, USER, lines, read
 from pyarrow import parquet
 
 from stillhouse.data.corpora.files import files
 from stillhouse.data.documents import Conversation
 
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
-    Path("held.txt").write_text("held out")
-    return tmp_path
-
-
-def read(path: str, **changes):
-    """Return the training documents of a path; the other parts are of no matter."""
-    corpus = files(train_path=path, validation_path="held.txt", test_path="held.txt", **changes)
-    assert corpus.documents("validation") == corpus.documents("test") == ["held out"]
-    return corpus.documents("train")
-
-
-def lines(*records: object) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.mark.parametrize(

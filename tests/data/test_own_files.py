@@ -1,29 +1,15 @@
-import json
 from pathlib import Path
 
 import pytest
 from chats import CHATML, bracketed, chat_tokenizer, marked
 from commands import TINY, run_here
+from own_files import ANSWER, USER, WAYS_IN, lines
 from transformers import AutoTokenizer
 
 from stillhouse.data.documents import Conversation
 from stillhouse.data.language import LanguageData
 
-WAYS_IN = "expected a .txt, .jsonl or .parquet file, a folder of them, or a glob"
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
-    Path("held.txt").write_text("held out")
-    return tmp_path
-
-
-def lines(*records: object) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h"]
 

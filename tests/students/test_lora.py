@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from training import bare_trainer, plain_sgd
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from stillhouse.data.language import KeptBatches
 from stillhouse.errors import UserError
 from stillhouse.families.sequence.module import SequenceDistiller
 from stillhouse.families.sequence.sft import sft
@@ -19,7 +21,7 @@ def adapted(language_world):
         settings = {
             "path": str(language_world.model),
             "rank": 4,
-            "alpha": 8.0,
+            "alpha": 8,
             "dropout": 0.0,
             "target_modules": "all-linear",
             "dtype": "float32",
@@ -86,28 +88,10 @@ def test_a_step_moves_the_adapters_alone_and_a_checkpoint_holds_them_alone(
     assert kept == {f"student.{n}" for n in moved}
 
 
-def plain_sgd(module, max_steps):
-    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
-
-
 @pytest.fixture
 def fit_for_one_step(tmp_path):
-    import lightning.pytorch as pl
-
-    from stillhouse.data.language import KeptBatches
-
     def fit(distiller, batches):
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=tmp_path,
-            max_steps=1,
-        )
+        trainer = bare_trainer(tmp_path, max_steps=1)
         distiller.train()
         trainer.fit(distiller, KeptBatches(batches), KeptBatches(batches))
         trainer.save_checkpoint(tmp_path / "step.ckpt")

@@ -19,7 +19,7 @@ def lora(
     *,
     path: str,
     rank: int,
-    alpha: float,
+    alpha: int,
     dropout: float,
     target_modules: str | Sequence[str],
     dtype: str,
@@ -48,7 +48,7 @@ def lora(
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=wanted,
         task_type="CAUSAL_LM",

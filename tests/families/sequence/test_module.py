@@ -1,9 +1,9 @@
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from training import bare_trainer, plain_sgd
 
 from stillhouse.data.encoding import text_as_tokens
 from stillhouse.data.language import KeptBatches
@@ -25,25 +25,10 @@ collate = partial(collate_windows, pad_token=0)
 MICRO_BATCHES = [collate(WINDOWS[:1]), collate(WINDOWS[1:3]), collate(WINDOWS[3:])]
 
 
-def plain_sgd(module, max_steps):
-    """A step of rate 1 without state: what the parameters lose is the gradient."""
-    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
-
-
 @pytest.fixture
 def fit(tmp_path):
     def fit(distiller, batches, **options):
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=tmp_path,
-            **options,
-        )
+        trainer = bare_trainer(tmp_path, **options)
         distiller.train()
         trainer.fit(distiller, KeptBatches(batches), KeptBatches(MICRO_BATCHES))
         return trainer
