@@ -106,3 +106,17 @@ def test_descriptions_tell_codecs_apart():
     codecs = [TopK(k=k, tail_samples=n, dtype=dtype) for k, n, dtype in settings]
     codecs += [Hidden(dtype="float16"), Hidden(dtype="float32")]
     assert len({str(describe(codec)) for codec in codecs}) == len(codecs)
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_hidden_states_that_do_not_fit_into_float16_are_refused(layers):
+    dense = output(6, 50, layers)
+    large = dense.layers[2] if layers else dense.hidden_states
+    large[3, 1] = 7e4
+    with pytest.raises(UserError) as caught:
+        Hidden(dtype="float16").encode(dense, draws())
+    assert str(caught.value) == (
+        "codec.dtype=float16: the teacher has hidden states up to 7e+04, more than that type "
+        "holds; set codec.dtype=float32"
+    )
+    Hidden(dtype="float32").encode(dense, draws())

@@ -80,7 +80,7 @@ def _unknown_group(text: str, argv: list[str], conf: Path) -> str:
 
 def _unknown_key(key: str, argv: list[str], conf: Path) -> str:
     """Tell a key that the config does not have, with the places where its name stands."""
-    from stillhouse.config.preflight import compose_job, nearest_keys
+    from stillhouse.config.preflight import UNCOMPOSED, compose_job, nearest_keys
 
     overrides = overrides_of(argv)
     own = next((o for o in overrides if o.lstrip("+~").partition("=")[0].startswith(key)), None)
@@ -89,7 +89,7 @@ def _unknown_key(key: str, argv: list[str], conf: Path) -> str:
     job = option(argv, "--config-name", "-cn") or "run"
     try:
         near = nearest_keys(compose_job([c for c in choices if "," not in c], conf, job), key)
-    except Exception:  # the names are a help; without them the line still says what is wrong
+    except UNCOMPOSED:  # the names are a help; without them the line still says what is wrong
         near = []
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return f"{key}: the config has no such key{hint}"

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stillhouse.config import overlay
 from stillhouse.config.arguments import option, overrides_of, split
@@ -18,6 +20,8 @@ from stillhouse.files import CONFIG
 from stillhouse.schema import register_schemas
 from stillhouse.stages.workspace import register_resolvers
 
+# What composing raises for keys and values that do not fit.
+UNCOMPOSED = (HydraException, OmegaConfBaseException, UserError)
 # Overrides that speak of one command and not of the run.
 FOR_ONE_COMMAND = ("resume=", "plan=", "stop_after=", "force=")
 
@@ -146,7 +150,7 @@ def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
     """Refuse a sweep over several devices before Hydra has made its folder."""
     try:
         config = compose_job([o for o in overrides if not _is_sweep(o)], conf)
-    except Exception:  # Hydra composes the same again and its error is told from there
+    except UNCOMPOSED:  # Hydra composes the same again and its error is told from there
         return
     check_devices(config, sweep=True)
 
@@ -183,7 +187,7 @@ def _refuse_interpolated_keys(overrides: list[str], conf: Path) -> None:
     recipe = [o for o in overrides if "." not in o.partition("=")[0] and "=" in o]
     try:
         config = compose_job([o for o in recipe if not _is_sweep(o)], conf)
-    except Exception:  # Hydra composes the same again and its error is told from there
+    except UNCOMPOSED:  # Hydra composes the same again and its error is told from there
         return
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")

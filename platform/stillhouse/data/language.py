@@ -103,13 +103,14 @@ class LanguageData(pl.LightningDataModule):
     @property
     def end_token(self) -> int:
         """Id of the token that ends a document."""
-        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        tokenizer: Any = self.tokenizer
+        return int(tokenizer.eos_token_id)
 
     @property
     def pad_token(self) -> int:
         """Id that fills padded positions; the end token where the tokenizer has no pad token."""
-        pad = self.tokenizer.pad_token_id
-        return self.end_token if pad is None else int(pad)  # type: ignore[arg-type]
+        tokenizer: Any = self.tokenizer
+        return self.end_token if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def windows(self, split: Split) -> TokenWindows:
         """Return the windows of a split, tokenised once."""

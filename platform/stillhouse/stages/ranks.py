@@ -122,8 +122,9 @@ def joined(stage: Stage, context: StageContext, trainer: pl.Trainer) -> Iterator
         yield
         return
     reports = _to_rank_zero.get(None)
-    termination = _Termination(is_rank_zero=reports is None)
-    trainer.callbacks.append(termination)  # type: ignore[attr-defined]
+    # Lightning sets the list of callbacks, so that its type does not know it.
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
+    callbacks.append(_Termination(is_rank_zero=reports is None))
     if reports is not None:
         reports.send(READY)
         yield

@@ -6,7 +6,7 @@ A codec turns what a model says at n positions into tensors with n rows and back
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -53,7 +53,7 @@ class Codec(Protocol):
 
 def describe(codec: Codec) -> dict[str, Any]:
     """Return a codec's name and settings: equal descriptions store alike."""
-    return {"name": type(codec).__name__, **asdict(codec)}  # type: ignore[call-overload]
+    return {"name": type(codec).__name__, **vars(codec)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,8 @@ class Hidden:
     def encode(self, output: LanguageOutput, generator: torch.Generator) -> Rows:
         """Keep the hidden states."""
         dtype = getattr(torch, self.dtype)
-        return {"hidden_states": output.hidden_states.to(dtype), **_encode_layers(output, dtype)}
+        states = {"hidden_states": _stored(output.hidden_states, dtype)}
+        return {**states, **_encode_layers(output, dtype)}
 
     def decode(
         self, rows: Rows, vocabulary_size: int, head: VocabularyHead | None
@@ -174,7 +175,18 @@ def unpack(packed: Tensor, k: int, bits: int) -> Tensor:
 
 
 def _encode_layers(output: LanguageOutput, dtype: torch.dtype) -> Rows:
-    return {f"{LAYER}{layer}": states.to(dtype) for layer, states in output.layers.items()}
+    return {f"{LAYER}{layer}": _stored(states, dtype) for layer, states in output.layers.items()}
+
+
+def _stored(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return hidden states in the type they are stored in; some models' do not fit into float16."""
+    stored = states.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise UserError(
+            f"codec.dtype={str(dtype).removeprefix('torch.')}: the teacher has hidden states up to "
+            f"{float(states.abs().max()):.3g}, more than that type holds; set codec.dtype=float32"
+        )
+    return stored
 
 
 def _decode_layers(rows: Mapping[str, Tensor]) -> dict[int, Tensor]:

@@ -101,7 +101,8 @@ def rows_in(path: Path) -> int | None:
     """Return the number of rows of a shard; None where it cannot be read."""
     try:
         with safe_open(path, "pt") as shard:
-            return min(shard.get_slice(name).get_shape()[0] for name in shard.keys())  # noqa: SIM118
+            names = shard.keys()
+            return min(shard.get_slice(name).get_shape()[0] for name in names)
     except (OSError, SafetensorError, ValueError):
         return None
 
@@ -117,10 +118,10 @@ def write_head(folder: Path, head: VocabularyHead) -> None:
 def read_head(folder: Path) -> VocabularyHead:
     """Return the head that `write_head` stored."""
     with safe_open(folder / HEAD, "pt") as file:
-        facts = file.metadata()
+        facts, names = file.metadata(), file.keys()
         return VocabularyHead(
             weight=file.get_tensor("weight"),
-            bias=file.get_tensor("bias") if "bias" in file.keys() else None,  # noqa: SIM118
+            bias=file.get_tensor("bias") if "bias" in names else None,
             logit_scale=float(facts["logit_scale"]),
             logit_softcap=json.loads(facts["logit_softcap"]),
         )
@@ -220,6 +221,7 @@ class SignalReader:
             if number not in self._open:
                 self._open[number] = safe_open(self._paths[number], "pt").__enter__()
             shard = self._open[number]
-            for name in shard.keys():  # noqa: SIM118
+            names = shard.keys()
+            for name in names:
                 pieces.setdefault(name, []).append(shard.get_slice(name)[start:stop])
         return {name: torch.cat(tensors) for name, tensors in pieces.items()}
