@@ -27,8 +27,9 @@ def step_of(checkpoint: Path) -> int:
 class ResumeCheckpoint(Checkpoint):
     """Keep the newest checkpoint, written right after an optimiser step.
 
-    Gradients are empty there, so a checkpoint never falls into an accumulation window. The older
-    one goes only when the newer one stands under its final name.
+    Gradients are empty there, so a checkpoint never falls into an accumulation window. A step that
+    is validated is passed over, and the next one taken: with a validation after every step, nothing
+    is kept. The older one goes only when the newer one stands under its final name.
     """
 
     def __init__(self, *, checkpoint_every_n_steps: int) -> None:
