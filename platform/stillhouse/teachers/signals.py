@@ -84,6 +84,19 @@ def source_of(path: str, data: LanguageData, codec: Codec) -> Source:
     )
 
 
+def refuse_shifted_windows(data: LanguageData) -> None:
+    """Refuse windows that are drawn anew in every epoch: a signal would belong to none of them.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if data.shift_windows:
+        raise UserError(
+            "data.shift_windows=true: a cached signal belongs to fixed windows; set "
+            "data.shift_windows=false, or take teacher=live"
+        )
+
+
 def write_shard(path: Path, rows: Rows, facts: dict[str, str]) -> None:
     """Write a shard with a few facts about it, whole or not at all."""
     partial = path.with_suffix(".partial")
