@@ -52,7 +52,8 @@ def held_out_quality(
         logits = student_logits if same else read_output(reference, batch).logits
         shared = min(logits.shape[-1], log_q.shape[-1])
         log_p = log_probs(logits[..., :shared])
-        log_q = log_q[..., :shared].log_softmax(-1)
+        if shared < log_q.shape[-1]:
+            log_q = log_q[..., :shared].log_softmax(-1)
         add("kl_to_teacher", forward_kl(log_q, log_p), batch.mask)
         add("top1_agreement", (log_p.argmax(-1) == log_q.argmax(-1)).float(), batch.mask)
         add("expected_acceptance", 1 - total_variation(log_q, log_p), batch.mask)
