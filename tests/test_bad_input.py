@@ -66,6 +66,11 @@ KEYS_OF_WORD_KD = (
             "skew_reverse_kl or total_variation",
         ),
         (
+            ["stages.distil.family.loss_backend=fast"],
+            "stages.distil.family.loss_backend=fast: expected auto or reference or streaming or "
+            "triton or null",
+        ),
+        (
             ["+method.tau=3"],
             f"method.tau: word_kd takes no 'tau'; it takes {KEYS_OF_WORD_KD}",
         ),

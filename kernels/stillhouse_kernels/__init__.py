@@ -1,6 +1,24 @@
 """Kernels of distillation's hot paths: torch, and triton where it is installed.
 
 The package knows nothing of `stillhouse`. Each operation is a folder with its truth
-(`reference.py`), its CPU path (`streaming.py`) and its GPU kernel (`kernel.py`); every public
-function is exported from here. No operation has landed yet.
+(`reference.py`), its CPU path (`streaming.py`), its GPU kernel (`kernel.py`) and its derivation
+(`README.md`); every public function is exported from here.
 """
+
+from stillhouse_kernels.dispatch import Backend, BackendError
+from stillhouse_kernels.shared_attention import (
+    SharedAttention,
+    follower_attention,
+    leader_attention,
+)
+from stillhouse_kernels.vocabulary_loss import TeacherTopK, linear_divergence
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "SharedAttention",
+    "TeacherTopK",
+    "follower_attention",
+    "leader_attention",
+    "linear_divergence",
+]

@@ -2,12 +2,18 @@
 
 import importlib.util
 import os
-from functools import cache
 from typing import Literal, get_args
 
 import torch
 
+# Looked up once: torch.compile would warn of a lookup that it traces.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 Backend = Literal["auto", "reference", "streaming", "triton"]
+
+
+class BackendError(ValueError):
+    """The backend that was named does not exist, or cannot take these inputs here."""
 
 
 def interpreted() -> bool:
@@ -15,10 +21,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def triton_installed() -> bool:
     """Whether `import triton` finds a package; nothing is imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def choose_backend(backend: str, device: torch.device, *, triton_refuses: str | None = None) -> str:
@@ -34,24 +39,25 @@ def choose_backend(backend: str, device: torch.device, *, triton_refuses: str | 
             it can.
 
     Raises:
-        ValueError: for another name, or for `triton` where it cannot run.
+        BackendError: for another name, or for `triton` where it cannot run.
     """
     if backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(get_args(Backend))}")
+        names = ", ".join(get_args(Backend))
+        raise BackendError(f"backend={backend!r}: expected one of {names}")
     if backend == "auto":
         usable = device.type == "cuda" and triton_installed() and triton_refuses is None
         return "triton" if usable else "streaming"
     if backend != "triton":
         return backend
     if not triton_installed():
-        raise ValueError(
+        raise BackendError(
             "backend='triton': triton is not installed; pip install 'stillhouse[kernels]', or "
             "leave backend='auto'"
         )
     if triton_refuses is not None:
-        raise ValueError(f"backend='triton': {triton_refuses}; backend='streaming' takes it")
+        raise BackendError(f"backend='triton': {triton_refuses}; backend='streaming' takes it")
     if device.type != "cuda" and not interpreted():
-        raise ValueError(
+        raise BackendError(
             f"backend='triton': the tensors lie on {device}, the kernel runs on CUDA devices; "
             "backend='streaming' runs here (TRITON_INTERPRET=1, set before Python starts, runs the "
             "kernel in Triton's interpreter)"

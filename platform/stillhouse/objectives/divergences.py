@@ -22,8 +22,8 @@ distribution that the expectation is taken over (log-probability -inf) contribut
 that is impossible only under the other makes a KL infinite, as it should be.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -100,7 +100,26 @@ def total_variation(student: LogProbs, teacher: LogProbs) -> Float[Tensor, "*N"]
     return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
 
 
-def named_divergence(name: str, *, beta: float, alpha: float) -> Divergence:
+@dataclass(frozen=True)
+class NamedDivergence:
+    """A divergence of the table, which a kernel finds by its name.
+
+    Attributes:
+        name: the table's.
+        function: of (student, teacher) log-probabilities.
+        weights: the keywords that `function` is bound to: `beta` of `jsd`, `alpha` of the skewed.
+    """
+
+    name: str
+    function: Callable[..., Float[Tensor, "*N"]]
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, student: LogProbs, teacher: LogProbs) -> Float[Tensor, "*N"]:
+        """Return D(P, Q) of log-probabilities, nats."""
+        return self.function(student, teacher, **self.weights)
+
+
+def named_divergence(name: str, *, beta: float, alpha: float) -> NamedDivergence:
     """Return the divergence of that name as a function of (student, teacher) log-probabilities.
 
     Args:
@@ -111,13 +130,13 @@ def named_divergence(name: str, *, beta: float, alpha: float) -> Divergence:
     Raises:
         UserError: for another name, or a weight outside its range.
     """
-    table: dict[str, Divergence] = {
-        "forward_kl": forward_kl,
-        "reverse_kl": reverse_kl,
-        "jsd": partial(jsd, beta=beta),
-        "skew_forward_kl": partial(skew_forward_kl, alpha=alpha),
-        "skew_reverse_kl": partial(skew_reverse_kl, alpha=alpha),
-        "total_variation": total_variation,
+    table = {
+        "forward_kl": NamedDivergence("forward_kl", forward_kl),
+        "reverse_kl": NamedDivergence("reverse_kl", reverse_kl),
+        "jsd": NamedDivergence("jsd", jsd, {"beta": beta}),
+        "skew_forward_kl": NamedDivergence("skew_forward_kl", skew_forward_kl, {"alpha": alpha}),
+        "skew_reverse_kl": NamedDivergence("skew_reverse_kl", skew_reverse_kl, {"alpha": alpha}),
+        "total_variation": NamedDivergence("total_variation", total_variation),
     }
     if name not in table:
         raise UserError(f"method.divergence={name}: expected one of {', '.join(table)}")

@@ -1,8 +1,8 @@
 """Losses over the tokens of a batch, from records: the seam between methods and how logits are had.
 
 A method names a divergence and hands over the student's output and the teacher's signal; whether
-logits are ever held, and where the signal came from, is decided here.
-Every function returns the mean over the unmasked tokens of the batch, in float32 or better.
+logits are ever held (`LanguageOutput.loss_backend`), and where the signal came from, is decided
+here. Every function returns the mean over the unmasked tokens of the batch, in float32 or better.
 """
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stillhouse.objectives.divergences import Divergence
+from stillhouse.objectives.fused import fused_cross_entropy, fused_divergence
 from stillhouse.objectives.top_k import top_k_divergence
 from stillhouse.records.language import LanguageOutput, LanguageSignal, TopKSignal
 
@@ -24,8 +25,10 @@ def token_cross_entropy(
     student: LanguageOutput, labels: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """-log Q(label), nats, mean over the unmasked tokens."""
-    log_q = log_probs(student.at(mask).logits)
-    return mean(-log_q.gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1))
+    rows, labels = student.at(mask), labels[mask]
+    if student.loss_backend is not None:
+        return fused_cross_entropy(rows, labels)
+    return mean(-log_probs(rows.logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1))
 
 
 def token_divergence(
@@ -41,15 +44,19 @@ def token_divergence(
     Vocabularies of one tokenizer that are padded to different sizes are compared on the columns
     that they share: both distributions are normalised over these. What a `TopKSignal` is compared
     with, `objectives.top_k` says.
+
+    Raises:
+        UserError: what `objectives.fused` cannot do without logits.
     """
+    rows, said = student.at(mask), signal.at(mask)
+    if student.loss_backend is not None:
+        return fused_divergence(rows, said, divergence=divergence, temperature=temperature)
     shared = min(student.vocabulary_size, signal.vocabulary_size)
-    if isinstance(signal, TopKSignal):
-        logits = student.at(mask).logits[..., :shared]
-        rows = signal.at(mask)
-        return mean(top_k_divergence(logits, rows, divergence=divergence, temperature=temperature))
-    log_q = log_probs(student.at(mask).logits[..., :shared], temperature)
-    log_p = log_probs(signal.at(mask).logits[..., :shared].detach(), temperature)
-    return mean(divergence(log_q, log_p))
+    logits = rows.logits[..., :shared]
+    if isinstance(said, TopKSignal):
+        return mean(top_k_divergence(logits, said, divergence=divergence, temperature=temperature))
+    log_p = log_probs(said.logits[..., :shared].detach(), temperature)
+    return mean(divergence(log_probs(logits, temperature), log_p))
 
 
 def mean(per_token: Float[Tensor, "n"]) -> Float[Tensor, ""]:

@@ -4,13 +4,15 @@ Shape legend: B batch, T positions, D width of the hidden states, V vocabulary, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from stillhouse_kernels.dispatch import Backend
 
 
 class SequenceBatch(NamedTuple):
@@ -64,6 +66,11 @@ class VocabularyHead:
             logits = (logits / self.logit_softcap).tanh() * self.logit_softcap
         return logits
 
+    def of_first(self, tokens: int) -> "VocabularyHead":
+        """Return the head of the first tokens; its tensors are views."""
+        bias = None if self.bias is None else self.bias[:tokens]
+        return replace(self, weight=self.weight[:tokens], bias=bias)
+
 
 @dataclass(frozen=True)
 class LanguageOutput:
@@ -77,11 +84,14 @@ class LanguageOutput:
         head: from hidden states to logits.
         layers: layer -> [B, T, D] or rows [n, D]: hidden states that were asked for, numbered as in
             `transformers`: 0 the embeddings, i what block i hands on.
+        loss_backend: of a student, how a loss over the vocabulary is had: None from logits, else
+            that backend of `stillhouse_kernels.linear_divergence`, which never holds them all.
     """
 
     hidden_states: Float[Tensor, "*N D"]
     head: VocabularyHead
     layers: Mapping[int, Float[Tensor, "*N D"]] = field(default_factory=dict)
+    loss_backend: Backend | None = None
 
     @cached_property
     def logits(self) -> Float[Tensor, "*N V"]:
@@ -102,6 +112,7 @@ class LanguageOutput:
             hidden_states=self.hidden_states[mask],
             head=self.head,
             layers={layer: states[mask] for layer, states in self.layers.items()},
+            loss_backend=self.loss_backend,
         )
         self._kept.append((mask, kept))
         return kept

@@ -186,3 +186,19 @@ def test_parameter_that_is_not_finite_is_never_saved(fit, tiny_llama, tmp_path, 
     with pytest.raises(TrainingDiverged, match=r"model\.norm\.weight .* step 1"):
         trainer.save_checkpoint(tmp_path / "broken.ckpt")
     assert not (tmp_path / "broken.ckpt").exists()
+
+
+@pytest.mark.parametrize("method", [sft, partial(word_kd, divergence="jsd", temperature=2.0)])
+def test_a_step_without_logits_is_the_step_with_them(fit, tiny_llama, method) -> None:
+    """Two optimiser steps over unequal micro-batches, and the validation after them."""
+    after = []
+    for backend in (None, "reference", "streaming"):
+        teacher = None if method is sft else LiveTeacher(tiny_llama(1))
+        model = tiny_llama()
+        distiller = SequenceDistiller(model, teacher, method, plain_sgd, loss_backend=backend)
+        trainer = fit(distiller, MICRO_BATCHES * 2, max_steps=2, accumulate_grad_batches=3)
+        metrics = trainer.callback_metrics
+        after.append((flat(parameters_of(model).values()), metrics["val_nll"]))
+    for parameters, val_nll in after[1:]:
+        torch.testing.assert_close(parameters, after[0][0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(val_nll, after[0][1], rtol=1e-6, atol=0)

@@ -1,6 +1,7 @@
 """The training step of the family `sequence`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from stillhouse.objectives.tokens import token_cross_entropy
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
 from stillhouse.students.causal_lm import merged, read_output
+from stillhouse_kernels.dispatch import Backend
 
 SequenceMethod = Callable[[LanguageOutput, LanguageSignal | None, SequenceBatch], LossTerms]
 
@@ -24,6 +26,15 @@ class SequenceDistiller(Distiller):
     micro-batch of the accumulation window and every rank, however unequal their token counts. Each
     micro-batch therefore back-propagates the sum over its tokens, and the gradients are divided by
     the global count once, before clipping.
+
+    Args:
+        student: the model that learns.
+        teacher: called with a batch; None for methods that have none.
+        method: the loss.
+        optimizer: called with (student, max_steps).
+        loss_backend: None computes losses from logits; `auto`, `streaming`, `triton` or
+            `reference` is the backend of `stillhouse_kernels.linear_divergence`, which holds the
+            logits of a few tokens at a time. Equal losses and gradients, to rounding.
     """
 
     unit = "tokens"
@@ -34,8 +45,11 @@ class SequenceDistiller(Distiller):
         teacher: nn.Module | None,
         method: SequenceMethod,
         optimizer: OptimizerBuilder,
+        *,
+        loss_backend: Backend | None = None,
     ) -> None:
         super().__init__(student, teacher, method, optimizer)
+        self.loss_backend: Backend | None = loss_backend
         self._tokens = torch.zeros((), dtype=torch.long)
         self._losses: dict[str, Tensor] = {}
         self._validation_sums: list[tuple[Tensor, Tensor]] = []
@@ -43,7 +57,7 @@ class SequenceDistiller(Distiller):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return the sum of the loss over the batch's tokens, ready for accumulation."""
         signal = self.teacher(batch) if self.teacher is not None else None
-        losses: LossTerms = self.method(read_output(self.student, batch), signal, batch)
+        losses: LossTerms = self.method(self._student_output(batch), signal, batch)
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         count = batch.mask.sum()
         self._tokens = self._tokens.to(count.device) + count
@@ -51,6 +65,9 @@ class SequenceDistiller(Distiller):
             self._losses[name] = self._losses.get(name, 0) + mean * count
         # Lightning divides by the length of the window; the global token count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
+
+    def _student_output(self, batch: SequenceBatch) -> LanguageOutput:
+        return replace(read_output(self.student, batch), loss_backend=self.loss_backend)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into those of the global token mean; log that mean."""
@@ -70,7 +87,7 @@ class SequenceDistiller(Distiller):
         """Sum the student's negative log-likelihood over the tokens of this rank's batches."""
         if batch_idx % self.trainer.world_size != self.global_rank:
             return
-        nll = token_cross_entropy(read_output(self.student, batch), batch.labels, batch.mask)
+        nll = token_cross_entropy(self._student_output(batch), batch.labels, batch.mask)
         count = batch.mask.sum()
         self._validation_sums.append((nll * count, count))
 
