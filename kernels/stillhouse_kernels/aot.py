@@ -1,20 +1,10 @@
 """Compile every kernel configuration that dispatch can choose, without a GPU, and read it back.
 
 `python -m stillhouse_kernels.aot` compiles for sm_80, sm_90 and sm_100 as a launch would and prints
-one row a configuration. The exit code is 1 where one spills, needs more memory than a block of that
-chip may have, multiplies outside the matrix unit or in tf32, or does not compile.
-
-Spills are instructions that store to (STL) or load from (LDL) local memory: a register count can
-look healthy where a loop spills. The matrix instruction is what the disassembly shows:
-
-| chip   | instruction   | PTX                                                                     |
-|--------|---------------|-------------------------------------------------------------------------|
-| sm_80  | HMMA          | `mma.sync`                                                              |
-| sm_90  | HGMMA, HMMA   | `wgmma`; `mma.sync` with fewer than 64 rows in a tile or four warps     |
-| sm_100 | UTCHMMA, HMMA | `tcgen05.mma` on tensor memory; `mma.sync` as on sm_90                  |
-
-UTCHMMA does not tell float16 from tf32, so the type of the operands is read in the PTX. A time is
-that of this run; what Triton's cache held has none (TRITON_ALWAYS_COMPILE=1 compiles all).
+one row a configuration, with `--summary` one a kernel and chip. The exit code is 1 where one
+spills, needs more memory than a block of that chip may have, multiplies outside the matrix unit or
+in tf32, or does not compile. What is read back, and where, `machine_code` says. A time is that of
+this run; what Triton's cache held has none (TRITON_ALWAYS_COMPILE=1 compiles all).
 """
 
 import argparse
@@ -24,13 +14,9 @@ import io
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -38,45 +24,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from stillhouse_kernels import machine_code
 from stillhouse_kernels.compilation import Compilation
 from stillhouse_kernels.dispatch import interpreted, triton_installed
+from stillhouse_kernels.machine_code import MachineCode
 
 # Capability -> KiB of a block: CUDA C++ Programming Guide, "Compute Capabilities", technical
 # specifications, "Maximum amount of shared memory per thread block".
 SHARED_MEMORY_LIMITS = {80: 163, 90: 227, 100: 227}
 TENSOR_MEMORY_LIMIT = 512  # columns of a block on sm_100: PTX ISA, "Tensor Memory"
-
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)")
-# `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`, `tcgen05.mma.cta_group::1.kind::f16`
-_OPERANDS = re.compile(r"\b(?:wg)?mma\.\S*?(?:\.(\w+)\.\1\b|kind::(\w+))")
-# A product that no pass moved to a matrix layout is lowered to scalar multiplications.
-_SCALAR_PRODUCT = re.compile(r"\btt\.dot\b.*-> tensor<[^>]*#blocked\d*>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MachineCode:
-    """What the compiled kernel takes of the chip.
-
-    Attributes:
-        registers: of a thread, as `cuobjdump --dump-resource-usage` says.
-        spill_stores, spill_loads: STL and LDL instructions.
-        stack: bytes of a thread, from the same source as the registers.
-        shared_memory: bytes of a block.
-        tensor_memory: columns of a block; 0 before sm_100.
-        matrix_instructions: SASS mnemonic -> how many.
-        operands: their types, as PTX spells them; `f16` is either 16-bit type on sm_100.
-        scalar_products: `tl.dot`s that run outside the matrix unit.
-    """
-
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    stack: int
-    shared_memory: int
-    tensor_memory: int
-    matrix_instructions: Mapping[str, int]
-    operands: tuple[str, ...]
-    scalar_products: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +66,8 @@ class Report:
         if code is None:
             return (f"does not compile: {self.failure}",)
         found = []
-        if (spills := _spills(code)) != "0":
-            found.append(f"spills: {spills}")
+        if code.spills:
+            found.append(f"spills: {code.spills}")
         kib, limit = code.shared_memory / 1024, SHARED_MEMORY_LIMITS[self.chip]
         if kib > limit:
             found.append(f"shared memory {kib:.1f} KiB, the chip has {limit}")
@@ -275,7 +231,7 @@ def _compile(task: Task) -> Report:
             knobs.compilation.listener = lambda **what: told.update(what)
             target = GPUTarget("cuda", chip, 32)
             compiled = triton.compile(_source(compilation), target=target, options=options)
-        code = _read(compiled)
+        code = machine_code.read(compiled)
     except Exception as error:  # whatever a compiler raises is a line in the report
         failure = _words(error)
     return Report(
@@ -300,35 +256,6 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"[:300]
 
 
-def _read(compiled: Any) -> MachineCode:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    instructions = Counter(_INSTRUCTION.findall(text))
-    if not instructions:
-        raise RuntimeError("cuobjdump shows no instruction of the compiled kernel")
-    return MachineCode(
-        registers=max(int(n) for n in re.findall(r"\bREG:(\d+)", text)),
-        spill_stores=instructions["STL"],
-        spill_loads=instructions["LDL"],
-        stack=max(int(n) for n in re.findall(r"\bSTACK:(\d+)", text)),
-        shared_memory=compiled.metadata.shared,
-        tensor_memory=compiled.metadata.tmem_size or 0,
-        matrix_instructions={k: n for k, n in sorted(instructions.items()) if k.endswith("MMA")},
-        operands=tuple(sorted({a or b for a, b in _OPERANDS.findall(compiled.asm["ptx"])})),
-        scalar_products=len(_SCALAR_PRODUCT.findall(compiled.asm["ttgir"])),
-    )
-
-
-def _spills(code: MachineCode) -> str:
-    spills = code.spill_stores or code.spill_loads
-    return f"{code.spill_stores} STL, {code.spill_loads} LDL" if spills else "0"
-
-
 def _row(report: Report) -> list[str]:
     code = report.code
     resources = ["-"] * 5 + ["does not compile"]
@@ -336,7 +263,7 @@ def _row(report: Report) -> list[str]:
         products = [f"{n} {mnemonic}" for mnemonic, n in code.matrix_instructions.items()]
         products += [f"({', '.join(code.operands)})"] if code.operands else []
         products += [f"{code.scalar_products} outside"] if code.scalar_products else []
-        resources = [str(code.registers), _spills(code), str(code.stack)]
+        resources = [str(code.registers), code.spills or "0", str(code.stack)]
         resources += [f"{code.shared_memory / 1024:.1f}", str(code.tensor_memory)]
         resources += [" ".join(products) or "-"]
     return [
@@ -349,7 +276,32 @@ def _row(report: Report) -> list[str]:
 def table(reports: Sequence[Report], *, markdown: bool = False) -> str:
     """Return the reports as lines of aligned text, or as a markdown table."""
     head = "operation,kernel,configuration,chip,warps,stages,registers,spills,stack B,shared KiB"
-    rows = [f"{head},tensor columns,matrix instructions,seconds".split(","), *map(_row, reports)]
+    head += ",tensor columns,matrix instructions,seconds"
+    return _aligned([head.split(","), *map(_row, reports)], markdown)
+
+
+def summary(reports: Sequence[Report], *, markdown: bool = False) -> str:
+    """Return one row a kernel and chip: the most that any of its configurations takes."""
+    head = "operation,kernel,chip,configurations,registers,spilling,shared KiB,matrix instructions"
+    rows: list[list[str]] = [[*head.split(",")]]
+    for op, kernel, chip in dict.fromkeys((it.op, it.kernel, it.chip) for it in reports):
+        of_this = [it for it in reports if (it.op, it.kernel, it.chip) == (op, kernel, chip)]
+        codes = [it.code for it in of_this if it.code is not None]
+        shared = max((code.shared_memory for code in codes), default=0) / 1024
+        products = sorted({name for code in codes for name in code.matrix_instructions})
+        rows.append(
+            [
+                *(op, kernel, f"sm_{chip}", str(len(of_this))),
+                str(max((code.registers for code in codes), default=0)),
+                str(sum(bool(code.spills) for code in codes)),
+                f"{shared:.0f} of {SHARED_MEMORY_LIMITS[chip]}",
+                ", ".join(products) or "-",
+            ]
+        )
+    return _aligned(rows, markdown)
+
+
+def _aligned(rows: Sequence[Sequence[str]], markdown: bool) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     if not markdown:
@@ -369,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--match", default="", help="only what has this text in its name")
     parser.add_argument("--jobs", type=int, help="processes; default: the CPUs")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument("--summary", action="store_true", help="one row a kernel and chip")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
     return parser
 
@@ -390,7 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         partial = options.json.with_name(f"{options.json.name}.partial")
         partial.write_text(json.dumps(rows, indent=1))
         partial.replace(options.json)
-    print(table(reports, markdown=options.markdown))
+    show = summary if options.summary else table
+    print(show(reports, markdown=options.markdown))
     offenders = [f"{it}: {'; '.join(it.offences)}\n" for it in reports if it.offences]
     sys.stderr.writelines(offenders)
     return int(bool(offenders))

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from stillhouse_kernels import aot
-from stillhouse_kernels.aot import MachineCode, Report
+from stillhouse_kernels import aot, machine_code
+from stillhouse_kernels.aot import Report
+from stillhouse_kernels.machine_code import MachineCode
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -208,7 +209,7 @@ def test_a_predicate_hides_no_instruction(predicate: str) -> None:
     sass = (
         f"        /*1f0c0*/             {predicate}STL.64 [R1+0x8], R4 ;   /* 0x00000804ff007387 */"
     )
-    assert aot._INSTRUCTION.findall(sass) == ["STL"]
+    assert machine_code._INSTRUCTION.findall(sass) == ["STL"]
 
 
 def test_operands_tell_tf32_from_16_bits(commands: dict[str, Any]) -> None:
@@ -375,6 +376,18 @@ def test_the_table() -> None:
         "               8 HGMMA (bf16) 1 outside  1.2",
         f"{name}sm_100  4      2       -          -             -        -           -"
         "               does not compile          cached",
+    ]
+
+
+def test_the_summary() -> None:
+    code = replace(CODE, registers=255, shared_memory=1024, spill_loads=2, matrix_instructions={})
+    other = replace(REPORT, label="head_dim 128", code=code)
+    broken = replace(REPORT, chip=100, code=None, failure="ValueError: no")
+    assert aot.summary([REPORT, broken, other], markdown=True).splitlines()[2:] == [
+        "| attention | forward | sm_90  | 2              | 255       | 1        | 163 of 227 "
+        "| HGMMA               |",
+        "| attention | forward | sm_100 | 1              | 0         | 0        | 0 of 227   "
+        "| -                   |",
     ]
 
 

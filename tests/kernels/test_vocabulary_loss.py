@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.vocabulary_heads import (
+from vocabulary_heads import (
     DIVERGENCES,
     Problem,
     assert_same,

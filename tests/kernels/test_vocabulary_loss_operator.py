@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.vocabulary_heads import Problem, assert_same, loss_of, problem, some, top_k
+from vocabulary_heads import Problem, assert_same, loss_of, problem, some, top_k
 from torch import Tensor
 
 from stillhouse_kernels.vocabulary_loss import TeacherTopK, linear_divergence

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.vocabulary_heads import problem
+from vocabulary_heads import problem
 
 from stillhouse_kernels.vocabulary_loss import linear_divergence
 

@@ -42,7 +42,7 @@ class Configuration(NamedTuple):
 
 def configuration(capability: int | None) -> Configuration:
     """Return what a launch uses on a chip; None is the interpreter, where blocks are small."""
-    return Configuration(128, 1) if capability is None else Configuration(2048, 16)
+    return Configuration(128, 1) if capability is None else Configuration(1024, 8)
 
 
 @triton.jit
