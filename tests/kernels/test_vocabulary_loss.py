@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak_bytes
+from torch import Tensor
 from vocabulary_heads import (
     DIVERGENCES,
     Problem,
@@ -18,8 +20,6 @@ from vocabulary_heads import (
     some,
     top_k,
 )
-from memory import peak_bytes
-from torch import Tensor
 
 from stillhouse.objectives.divergences import named_divergence
 from stillhouse.objectives.top_k import top_k_divergence

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from vocabulary_heads import Problem, assert_same, loss_of, problem, some, top_k
 from torch import Tensor
+from vocabulary_heads import Problem, assert_same, loss_of, problem, some, top_k
 
 from stillhouse_kernels.vocabulary_loss import TeacherTopK, linear_divergence
 from stillhouse_kernels.vocabulary_loss.operators import linear_divergence_op
