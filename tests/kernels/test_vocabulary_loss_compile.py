@@ -33,7 +33,7 @@ def assert_lean(reports: list[dict[str, Any]]) -> None:
         code = report["code"]
         assert (code["spill_stores"], code["spill_loads"]) == (0, 0), report
         assert code["shared_memory"] < 4096, report
-        # Of 65,536 registers; two programs of 512 threads a multiprocessor hide the loads.
+        # Of 65,536 registers; four programs of 256 threads a multiprocessor hide the loads.
         assert code["registers"] <= 64, report
 
 
@@ -61,9 +61,3 @@ def test_every_choice_of_dispatch_is_listed() -> None:
             assert it.constexprs["BLOCK"] == block
             assert it.num_warps == num_warps
             assert not it.matrix_product
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_no_spills(tmp_path: Path, chip: int) -> None:
-    assert_lean(compiled(tmp_path, "--chips", str(chip)))
