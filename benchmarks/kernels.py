@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -244,10 +244,12 @@ def attention_sweep(settings: Settings) -> Iterator[Row]:
         def shared(limit: int, q: Tensor = q, k: Tensor = k, v: Tensor = v, m: int = m) -> None:
             kept = streaming.STORED_BYTES_LIMIT
             streaming.STORED_BYTES_LIMIT = limit
-            _, state = leader_attention(q, k, v, causal=True, backend="streaming")
-            for _ in range(m - 1):
-                follower_attention(state, v)
-            streaming.STORED_BYTES_LIMIT = kept
+            try:
+                _, state = leader_attention(q, k, v, causal=True, backend="streaming")
+                for _ in range(m - 1):
+                    follower_attention(state, v)
+            finally:
+                streaming.STORED_BYTES_LIMIT = kept
 
         def apart(q: Tensor = q, k: Tensor = k, v: Tensor = v, m: int = m) -> None:
             for _ in range(m):
@@ -327,9 +329,12 @@ def measure(row: Row, turns: int, flops_per_s: float, bytes_per_s: float) -> lis
 def main(arguments: list[str]) -> None:
     """Measure what was asked for and print a markdown table, a row as soon as it is known."""
     parts = [a for a in arguments if "=" not in a] or list(DEFAULT)
+    known = {field.name: type(field.default) for field in fields(Settings)}
     given = dict(a.split("=", 1) for a in arguments if "=" in a)
-    numbers = {k: int(v) if v.isdigit() else v for k, v in given.items()}
-    settings = Settings(**numbers)  # type: ignore[arg-type]
+    if unknown := [*(set(parts) - set(PARTS)), *(set(given) - set(known))]:
+        expected = ", ".join([*PARTS, *(f"{name}=" for name in known)])
+        sys.exit(f"error: {unknown[0]}: expected some of {expected}")
+    settings = Settings(**{name: known[name](value) for name, value in given.items()})
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     flops_per_s, bytes_per_s = rates(settings)

@@ -86,6 +86,13 @@ def test_matches_the_plain_form(divergence: str, dtype: torch.dtype, teacher: st
     assert not got[1][2].any()
 
 
+@pytest.mark.parametrize("cap", [0.5, 30.0, 1e3, 1e5])
+def test_a_cap_far_above_the_logits_costs_no_digits(cap: float) -> None:
+    p = problem().to(torch.float32)
+    exact = p.to(torch.float64)(backend="reference", logit_softcap=cap)
+    assert_close_in_norm(p(logit_softcap=cap), exact, torch.float32)
+
+
 @pytest.mark.parametrize(("n", "V"), [(1, 1), (1, 63), (2, 1000)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_awkward_sizes(divergence: str, n: int, V: int) -> None:

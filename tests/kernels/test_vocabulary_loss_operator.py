@@ -36,8 +36,31 @@ def test_second_derivative_raises() -> None:
     (dX,) = torch.autograd.grad(loss, X, create_graph=True)
     with pytest.raises(RuntimeError, match="linear_divergence has no second derivative"):
         dX.square().sum().backward()
+    # Beside a path that has a derivative, and to one input alone, nothing is lost in silence.
+    with pytest.raises(RuntimeError, match="linear_divergence has no second derivative"):
+        torch.autograd.grad(loss + dX.square().sum(), X)
+    with pytest.raises(RuntimeError, match="linear_divergence has no second derivative"):
+        (loss + dX.square().sum()).backward(inputs=[X])
     (again,) = torch.autograd.grad(linear_divergence(X, p.W, p.Y, p.U, backend="reference"), X)
     torch.testing.assert_close(dX.detach(), again)
+
+
+def test_a_teacher_that_could_learn_makes_no_loss_that_can() -> None:
+    p = problem()
+    for backend in ("reference", "streaming"):
+        loss = loss_of(p, requires="YU", backend=backend)
+        assert not loss.requires_grad
+
+
+def test_an_id_that_stands_twice_gets_both_gradients() -> None:
+    p = problem()
+    for k in (4, p.W.shape[0]):
+        kept = top_k(p, k)
+        ids = kept.ids.clone()
+        ids[:, 1] = ids[:, 0]
+        options: dict[str, Any] = {"teacher_topk": kept._replace(ids=ids), "divergence": "jsd"}
+        expected = p(backend="reference", **options)
+        assert_same(p(backend="streaming", **options), expected)
 
 
 def compiled_matches(backend: str) -> None:

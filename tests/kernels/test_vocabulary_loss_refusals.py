@@ -65,8 +65,40 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"student_hidden": torch.zeros(4, 3).half()},
-        "the student's dtypes differ or are not floating: student_hidden torch.float16, "
-        "student_weight torch.float32; cast them to one, or use autocast",
+        "the student's dtypes differ, or are none of float64, float32, float16 and bfloat16: "
+        "student_hidden torch.float16, student_weight torch.float32; cast them to one, or use "
+        "autocast",
+    ),
+    (
+        {"teacher_hidden": torch.zeros(4, 2).to(torch.float8_e4m3fn)},
+        "the teacher's dtypes differ, or are none of float64, float32, float16 and bfloat16: "
+        "teacher_hidden torch.float8_e4m3fn, teacher_weight torch.float32; cast them to one, or "
+        "use autocast",
+    ),
+    (
+        {"student_weight": torch.zeros(0, 3), "teacher_weight": torch.zeros(0, 2)},
+        "student_weight: expected a vocabulary of at least one token"
+        + GOT.replace("[5, 3]", "[0, 3]").replace("[5, 2]", "[0, 2]"),
+    ),
+    (
+        {"temperature": float("inf")},
+        "temperature=inf: expected a number above 0",
+    ),
+    (
+        {"logit_scale": float("nan")},
+        "logit_scale=nan: expected finite numbers, or None for 1",
+    ),
+    (
+        {"logit_softcap": float("inf")},
+        "logit_softcap=inf: expected numbers above 0, or None for no soft cap",
+    ),
+    (
+        {"chunk_size": 2.5},
+        "chunk_size=2.5: expected at least 1 token, or None to choose",
+    ),
+    (
+        NO_TEACHER | {"teacher_topk": (KEPT[0], KEPT[0], KEPT[2])},
+        "teacher_topk.log_probs is torch.int64: expected a float dtype",
     ),
     (
         {"teacher_weight": torch.zeros(5, 2, device="meta")},

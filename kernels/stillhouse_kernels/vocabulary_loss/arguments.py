@@ -1,5 +1,6 @@
 """What `linear_divergence` refuses, each in one line."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from stillhouse_kernels.vocabulary_loss.settings import Divergence, Shaping, TeacherTopK
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Pair = float | tuple[float | None, float | None] | None
 
@@ -28,10 +31,13 @@ def shapings(logit_scale: Pair, logit_softcap: Pair) -> tuple[Shaping, Shaping]:
     """Return the student's and the teacher's."""
     scales, caps = _pair("logit_scale", logit_scale), _pair("logit_softcap", logit_softcap)
     for cap in caps:
-        if cap is not None and not cap > 0:
+        if cap is not None and not 0 < cap < math.inf:
             raise ValueError(
                 f"logit_softcap={logit_softcap}: expected numbers above 0, or None for no soft cap"
             )
+    for scale in scales:
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"logit_scale={logit_scale}: expected finite numbers, or None for 1")
     student, teacher = (
         Shaping(1.0 if scale is None else float(scale), None if cap is None else float(cap))
         for scale, cap in zip(scales, caps, strict=True)
@@ -49,9 +55,9 @@ def _pair(name: str, value: Pair) -> tuple[float | None, float | None]:
 
 def check_numbers(temperature: float, chunk_size: int | None) -> None:
     """Refuse what is not above 0."""
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature}: expected a number above 0")
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1 token, or None to choose")
 
 
@@ -80,7 +86,8 @@ def checked_top_k(
             "log_residual), or a TeacherTopK"
         )
     ids, log_probs, log_residual, *drawn = teacher_topk
-    top_k = TeacherTopK(ids, log_probs, log_residual, *drawn)
+    given = (ids, log_probs, log_residual, *drawn)
+    top_k = TeacherTopK(*(None if t is None else t.detach() for t in given))  # type: ignore[arg-type]
     if (top_k.tail_ids is None) != (top_k.tail_entropy is None):
         raise ValueError("teacher_topk: tail_ids and tail_entropy go together, one is missing")
     return top_k
@@ -115,6 +122,8 @@ def _misfit(given: dict[str, Tensor]) -> str | None:
                 f"{model}: expected hidden [tokens, width] and weight [vocabulary, width] of one "
                 "width; flatten batch and sequence with flatten(0, -2)"
             )
+        if not weight.shape[0]:
+            return f"{model}_weight: expected a vocabulary of at least one token"
         bias = given.get(f"{model}_bias")
         if bias is not None and bias.shape != weight.shape[:1]:
             return f"{model}_bias: expected [vocabulary], as many as {model}_weight has rows"
@@ -149,13 +158,33 @@ def _check_dtypes(given: dict[str, Tensor], autocast: bool) -> None:
     for name in ("ids", "tail_ids"):
         if name in given and given[name].dtype != torch.int64:
             raise ValueError(f"teacher_topk.{name} is {given[name].dtype}: expected torch.int64")
+    for name in ("log_probs", "log_residual", "tail_entropy"):
+        if name in given and given[name].dtype not in _DTYPES:
+            raise ValueError(f"teacher_topk.{name} is {given[name].dtype}: expected a float dtype")
     for model in ("student", "teacher"):
         parts = {name: x for name, x in given.items() if name.startswith(model)}
-        floating = all(x.is_floating_point() for x in parts.values())
-        if floating and (autocast or len({x.dtype for x in parts.values()}) <= 1):
+        known = all(x.dtype in _DTYPES for x in parts.values())
+        if known and (autocast or len({x.dtype for x in parts.values()}) <= 1):
             continue
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in parts.items())
         raise ValueError(
-            f"the {model}'s dtypes differ or are not floating: {dtypes}; cast them to one, or use "
-            "autocast"
+            f"the {model}'s dtypes differ, or are none of float64, float32, float16 and bfloat16: "
+            f"{dtypes}; cast them to one, or use autocast"
         )
+
+
+def check_ids(teacher: TeacherTopK, kept: Tensor | None, vocabulary: int) -> None:
+    """Refuse ids outside of the vocabulary in the rows that count (mask or indices; None = all)."""
+    for name in ("ids", "tail_ids"):
+        ids = getattr(teacher, name)
+        if ids is None:
+            continue
+        ids = ids if kept is None else ids[kept]
+        if not ids.numel():
+            continue
+        low, high = torch.stack(ids.aminmax()).tolist()
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"teacher_topk.{name} run from {low} to {high}: expected 0 to {vocabulary - 1}, "
+                f"the rows of student_weight [{vocabulary}, ...]; mask out rows without a token"
+            )

@@ -8,6 +8,7 @@ from torch import Tensor
 from stillhouse_kernels.vocabulary_loss import reference
 from stillhouse_kernels.vocabulary_loss.arguments import (
     Pair,
+    check_ids,
     check_numbers,
     check_tensors,
     checked_top_k,
@@ -76,6 +77,9 @@ def linear_divergence(
     weights = checked_weight(divergence, beta, alpha)
     check_numbers(temperature, chunk_size)
     top_k = checked_top_k(teacher_hidden, teacher_weight, teacher_bias, teacher_topk)
+    teacher_hidden, teacher_weight, teacher_bias = (
+        None if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)
+    )
     student_dtype, autocast = _product_dtype(student_hidden)
     tensors = {
         "student_hidden": student_hidden,
@@ -149,7 +153,9 @@ def _reference(
         assert weight is not None
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    student = cast("student", student_dtype)
+    student, mask = cast("student", student_dtype), tensors["mask"]
+    if top_k is not None:
+        check_ids(top_k, mask, student[1].shape[0])
     with torch.autocast(student[0].device.type, enabled=False):
         teacher = cast("teacher", teacher_dtype) if top_k is None else top_k
-        return reference.linear_divergence(student, teacher, tensors["mask"], settings)
+        return reference.linear_divergence(student, teacher, mask, settings)

@@ -77,8 +77,10 @@ def _in_place(s: Tensor, dtype: torch.dtype) -> Tensor:
 def _run(function: Any, rows: Tensor, *arguments: tuple[Any, ...], **constexprs: Any) -> None:
     capability = None
     if rows.is_cuda:
-        major, minor = torch.cuda.get_device_capability(rows.device)
-        capability = 10 * major + minor
+        device = torch.cuda.get_device_properties(rows.device)
+        capability = 10 * device.major + device.minor
     block, num_warps = kernel.configuration(capability)
     flat = [x for group in arguments for x in group]
-    function[(rows.shape[0],)](*flat, BLOCK=block, num_warps=num_warps, num_stages=1, **constexprs)
+    options = {"BLOCK": block, "num_warps": num_warps, "num_stages": 1, **constexprs}
+    with torch.cuda.device_of(rows):
+        function[(rows.shape[0],)](*flat, **options)

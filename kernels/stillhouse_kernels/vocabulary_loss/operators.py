@@ -141,34 +141,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros in the shape of dW for an output that has no gradient
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:], *inputs[:3])
 
 
 def _backward(ctx: Any, into_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     out: list[Tensor | None] = [None] * ctx.inputs
     if into_loss is None:
         return tuple(out)
-    # An incoming 1, as of `loss.backward()`, spares a copy of dW; on a GPU asking would wait.
-    one = _is_one(into_loss)
-    for i, (kept, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+    saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
+    kept, inputs = saved[:3], saved[3:]
+    for i, (gradient, dtype) in enumerate(zip(kept, ctx.dtypes, strict=True)):
         if ctx.wanted[i]:
-            out[i] = (kept if one else kept * into_loss).to(dtype)
+            out[i] = (gradient.detach() * into_loss.detach()).to(dtype)
     if torch.is_grad_enabled():
-        out = [None if g is None else _Final.apply(g.detach().requires_grad_()) for g in out]
+        out = [None if g is None else _Final.apply(g, into_loss, *inputs) for g in out]
     return tuple(out)
 
 
-def _is_one(into_loss: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(into_loss) is not Tensor:
-        return False
-    return into_loss.device.type == "cpu" and into_loss.item() == 1.0
-
-
 class _Final(torch.autograd.Function):
-    """The identity, which refuses to be differentiated: silence would be a gradient of 0."""
+    """The identity, which refuses to be differentiated: silence would be a gradient of 0.
+
+    It hangs on all that the gradient depends on, or a way to one of them alone would pass it by.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stillhouse_kernels.vocabulary_loss import products
+from stillhouse_kernels.vocabulary_loss.arguments import check_ids
 from stillhouse_kernels.vocabulary_loss.rows import dense_rows
 from stillhouse_kernels.vocabulary_loss.settings import Settings, TeacherTopK, accumulation_dtype
 from stillhouse_kernels.vocabulary_loss.top_k import (
@@ -107,7 +108,7 @@ def loss_and_gradients(
     if not count:
         return hidden.new_zeros((), dtype=accumulator), into
     if isinstance(teacher, TeacherTopK):
-        _check_ids(teacher, kept, weight.shape[0])
+        check_ids(teacher, kept, weight.shape[0])
     logits = _logits_buffer(hidden, (models, min(chunk_size, count), weight.shape[0]), accumulator)
     values = hidden.new_empty(count, dtype=accumulator)
     alpha = settings.factor * settings.student.scale / (settings.temperature * count)
@@ -171,17 +172,3 @@ def _buffers(
         make(weight.shape, dtype=accumulator) if wanted[1] else None,
         hidden.new_zeros(weight.shape[0], dtype=accumulator) if wanted[2] else None,
     )
-
-
-def _check_ids(teacher: TeacherTopK, kept: Tensor | None, vocabulary: int) -> None:
-    for name in ("ids", "tail_ids"):
-        ids = getattr(teacher, name)
-        if ids is None or not ids.numel():
-            continue
-        ids = ids if kept is None else ids[kept]
-        low, high = torch.stack(ids.aminmax()).tolist()
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"teacher_topk.{name} run from {low} to {high}: expected 0 to {vocabulary - 1}, "
-                f"the rows of student_weight [{vocabulary}, ...]; mask out rows without a token"
-            )

@@ -75,7 +75,8 @@ def top_k_rows(
     if kept_slope is not None:
         into_kept = into_kept * kept_slope
     G = spread_tail(s, tail, into_tail, cap) if bucket else s.zero_()
-    G.scatter_(-1, ids, into_kept.to(G.dtype))
+    # Added and not written: an id that stands twice gets both gradients.
+    G.scatter_(-1, ids, 0.0).scatter_add_(-1, ids, into_kept.to(G.dtype))
     if mass is not None and drawn is not None and teacher.tail_ids is not None:
         share = (-mass / (tau * drawn.shape[-1])).unsqueeze(-1).expand_as(drawn)
         drawn_slope = slope(drawn, cap)

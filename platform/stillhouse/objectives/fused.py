@@ -18,7 +18,7 @@ from stillhouse_kernels import BackendError, TeacherTopK, linear_divergence
 def fused_cross_entropy(student: LanguageOutput, labels: Int[Tensor, "n"]) -> Float[Tensor, ""]:
     """-log Q(label): the forward KL from a teacher that is certain."""
     certain = torch.zeros_like(labels, dtype=torch.float32)
-    label = TeacherTopK(labels.unsqueeze(-1), certain.unsqueeze(-1), certain - torch.inf)
+    label = TeacherTopK(labels.long().unsqueeze(-1), certain.unsqueeze(-1), certain - torch.inf)
     return _mean_divergence(student, student.head, label, divergence="forward_kl")
 
 
