@@ -213,9 +213,8 @@ def test_autocast_casts_as_for_sdpa(backend: str, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, state = leader_attention(q, k, v, causal=True, backend=backend)
         follower = follower_attention(state, other)
-        wanted = scaled_dot_product_attention(
-            q, *(t.repeat_interleave(2, 1) for t in (k, v)), is_causal=True
-        )
+        wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))
+        wanted = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
     assert out.dtype == follower.dtype == wanted.dtype
     bound = 1e-12 if dtype == torch.float64 else 1e-2
     assert (out - wanted).norm() < bound * wanted.norm()

@@ -20,8 +20,11 @@ from stillhouse_kernels.shared_attention import (
     autograd,
     follower_attention,
     leader_attention,
+    operators,
     streaming,
 )
+
+NO_SECOND_DERIVATIVE = "^shared attention has no second derivative; backend='reference' has one$"
 
 
 @pytest.fixture
@@ -136,8 +139,70 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
     leaves = inputs((2, 1, 1, 1), 5, 5, dtype=exact(backend))
     outs = group(backend, *leaves)
     (grad,) = torch.autograd.grad(weighted_sum(outs), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="shared attention has no second derivative"):
+    with pytest.raises(RuntimeError, match=NO_SECOND_DERIVATIVE):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("of", "differentiated", "by"),
+    [([0, 1], 0, 0), ([0], 1, 0), ([0], 2, 0), ([1], 3, 0), ([1], 0, 3), ([1], 3, 1)],
+)
+def test_a_second_derivative_is_refused_on_every_path(
+    backend: str, of: list[int], differentiated: int, by: int
+) -> None:
+    """Of the leader's and the follower's outputs; leaves q, k, v and the follower's v."""
+    leaves = inputs((2, 1, 1, 1), 5, 5, dtype=exact(backend))
+    outs = group(backend, *leaves)
+    loss = weighted_sum([outs[i] for i in of])
+    (grad,) = torch.autograd.grad(loss, leaves[differentiated], create_graph=True)
+    penalised = loss + grad.square().sum()
+    with pytest.raises(RuntimeError, match=NO_SECOND_DERIVATIVE):
+        torch.autograd.grad(penalised, leaves[by], retain_graph=True)
+    with pytest.raises(RuntimeError, match=NO_SECOND_DERIVATIVE):
+        penalised.backward(inputs=[leaves[by]])
+
+
+def test_a_second_derivative_in_the_incoming_gradient_is_refused() -> None:
+    leaves = inputs((2, 1, 1, 1), 5, 5)
+    for out, leaf in zip(group("streaming", *leaves), (leaves[2], leaves[3]), strict=True):
+        weight = torch.ones_like(out, requires_grad=True)
+        (grad,) = torch.autograd.grad(out, leaf, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match=NO_SECOND_DERIVATIVE):
+            torch.autograd.grad(grad.sum(), weight)
+
+
+@pytest.mark.parametrize(("differentiated", "by"), [(0, 0), (2, 0), (3, 1)])
+def test_the_operators_refuse_a_second_derivative(differentiated: int, by: int) -> None:
+    leaves = q, k, v, other = inputs((2, 1, 1, 1), 5, 5)
+    settings = (None, True, 0.25, "streaming")
+    out, lse, kept = operators.leader_forward(q, k, v, *settings)
+    loss = out.sum() + operators.follower_forward(q, k, other, lse, kept, *settings).sum()
+    (grad,) = torch.autograd.grad(loss, leaves[differentiated], create_graph=True)
+    with pytest.raises(RuntimeError, match=NO_SECOND_DERIVATIVE):
+        torch.autograd.grad(loss + grad.square().sum(), leaves[by])
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_pass_that_raises_leaves_nothing(full_pass: Any, repeats: int) -> None:
+    leaves, _, wanted = full_pass
+    q, k, v, *values = leaves
+    out, state = leader_attention(q, k, v, causal=True, backend="streaming")
+    outs = [out, *(follower_attention(state, value) for value in values)]
+    failing = True
+
+    def fail(grad: Tensor) -> None:
+        if failing:
+            raise ArithmeticError("no gradient")
+
+    outs[1].register_hook(fail)  # The followers behind it have run by then.
+    for _ in range(repeats):
+        with pytest.raises(ArithmeticError):
+            backward(outs, leaves)
+        assert state.stash is not None
+        assert len(state.stash) == 0
+    failing = False
+    torch.testing.assert_close(backward(outs, leaves), wanted)
 
 
 def test_an_entry_that_is_lost_is_noticed(full_pass: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,23 @@ def random_mask(*shape: int) -> Tensor:
     return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6).to(DEVICE)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("keys", [999, 1008])
+def test_an_expanded_mask_is_not_filled_in(
+    keys: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "has_wide_mask", lambda *_: wide)
+    q, mask = torch.zeros(2, 4, 1000, 16, device=DEVICE), random_mask(2, 1, 1, keys)
+    given = launch._mask_arguments(q, mask.expand(2, 4, 1000, keys))
+    found = given["mask_ptr"]
+    held = found.untyped_storage().nbytes()
+    assert held <= 2 * 1008 * (4 if wide else 1)
+    assert found.shape == (2, 4, 1000, 1008)
+    assert given["mask_row_stride"] == given["mask_head_stride"] == 0
+    assert (found[..., :keys].bool() == mask).all()
+    assert not found[..., keys:].any()
+
+
 @pytest.mark.parametrize("breadth", [(2, 2), (1, 2), (2, 1), (1, 1)])
 def test_masks_of_every_breadth_with_rows_that_see_nothing(breadth: tuple[int, int]) -> None:
     mask = random_mask(*breadth, 35, 40)

@@ -203,6 +203,43 @@ def test_keys_that_no_query_attends_to_may_hold_anything(
     torch.testing.assert_close(gradients(found, dirty), gradients(wanted, clean), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("backend", "kept"),
+    [("reference", True), ("streaming", True), ("streaming", False), ("triton", False)],
+)
+def test_queries_that_see_no_key_may_hold_anything(
+    backend: str, kept: bool, poison: float, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kept:
+        monkeypatch.setattr(streaming, "STORED_BYTES_LIMIT", 0)
+    clean = inputs((4, 2, 2, 1), 10, 12, dtype=exact(backend), batch=2)
+    # Under the causal mask, padding on the left leaves the first query of the first text no key.
+    mask = torch.ones(2, 1, 10, 12, dtype=torch.bool)
+    mask[0, ..., :3] = mask[0, :, 4] = mask[1, :, 8] = False
+    visible = mask.tril(2) if causal else mask
+    dead = ~visible.any(-1)
+    assert dead.sum() == 2 + causal
+    dirty_q = clean[0].detach().masked_fill(dead[..., None], poison).requires_grad_()
+    dirty = [dirty_q, *clean[1:]]
+    wanted, found = (group(backend, *t, mask=mask, causal=causal) for t in (clean, dirty))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    grads = gradients(found, dirty)
+    torch.testing.assert_close(grads, gradients(wanted, clean), rtol=0, atol=0)
+    assert (grads[0].masked_select(dead[..., None]) == 0).all()
+
+
+def test_left_padding_that_is_broadcast_leaves_queries_without_keys() -> None:
+    q, k, v = inputs((2, 1, 1), 6, 6)
+    padding = (torch.arange(6) > 2)[None, None, None]
+    dirty = q.detach().clone()
+    dirty[:, :, :3] = torch.nan
+    _, state = leader_attention(dirty, k, v, mask=padding, causal=True, backend="streaming")
+    assert (state.q[:, :, :3] == 0).all()
+    assert (state.q[:, :, 3:] == q[:, :, 3:]).all()
+
+
 def test_a_key_that_one_head_attends_to_is_not_hidden() -> None:
     leaves = inputs((4, 2, 2, 1), 10, 10)
     mask = torch.ones(1, 4, 1, 10, dtype=torch.bool)

@@ -31,6 +31,16 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return refusal(q, k, v)
 
 
+def unused_queries(mask: Tensor, causal: bool, queries: int, keys: int) -> Tensor:
+    """Whether a query sees no key [B or 1, h or 1, N or 1], of a mask before it is expanded."""
+    used = mask.any(3)
+    if causal:
+        # Left padding leaves them too: the first key of the row's mask is still ahead of it.
+        first = mask.to(torch.uint8).argmax(3)
+        used = used & (first <= torch.arange(queries, device=mask.device) + keys - queries)
+    return ~used
+
+
 def zero_unused(t: Tensor, unused_keys: Tensor) -> Tensor:
     """Set to 0 the keys or values [B, g, M, d] that no query of their heads attends to."""
     heads, groups = unused_keys.shape[1], t.shape[1]

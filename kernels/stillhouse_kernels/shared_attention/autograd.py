@@ -9,37 +9,48 @@ autograd adds them up.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from stillhouse_kernels.shared_attention import operators
 
+_NO_SECOND_DERIVATIVE = "shared attention has no second derivative; backend='reference' has one"
+
+
+class _Entries(list[tuple[Tensor, Tensor, Tensor]]):
+    """V_l, dO_l and delta_l of the followers that ran; unlike a plain list, weakly referable."""
+
 
 class GradientStash:
     """What the followers' backward passes leave for their leader's: V_l, dO_l and delta_l.
 
     Kept by graph task (one call of backward or grad), so that a repeated, a partial or a nested
-    backward pass never reads another's entries. What no leader takes goes when the task ends.
+    backward pass never reads another's entries. The task alone owns them, by its callback: what no
+    leader takes goes with the task, also where the pass raises.
     """
 
     def __init__(self) -> None:
-        self._by_task: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._by_task: WeakValueDictionary[int, _Entries] = WeakValueDictionary()
 
     def add(self, v: Tensor, grad_out: Tensor, delta: Tensor) -> None:
         """Leave a follower's entry in the running graph task."""
         task = torch._C._current_graph_task_id()
-        if task not in self._by_task:
-            self._by_task[task] = []
+        entries = self._by_task.get(task)
+        if entries is None:
+            entries = self._by_task[task] = _Entries()
             queue: Callable[..., None] = torch.autograd.Variable._execution_engine.queue_callback  # pyright: ignore[reportAttributeAccessIssue]
-            queue(partial(self._by_task.pop, task, None))
-        self._by_task[task].append((v, grad_out, delta))
+            queue(entries.clear)
+        entries.append((v, grad_out, delta))
 
     def take(self, followers: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return the running task's entries, one for each ticket that came back."""
-        entries = self._by_task.pop(torch._C._current_graph_task_id(), [])
+        left = self._by_task.pop(torch._C._current_graph_task_id(), _Entries())
+        entries = list(left)
+        left.clear()  # The task holds the list until it ends; the tensors are to go before.
         if len(entries) != followers:
             raise RuntimeError(
                 f"shared attention: {followers} followers sent a gradient, {len(entries)} left "
@@ -48,7 +59,19 @@ class GradientStash:
         return entries
 
     def __len__(self) -> int:
-        return len(self._by_task)
+        return sum(len(entries) for entries in self._by_task.values())
+
+
+class _Saved(NamedTuple):
+    """What a backward pass needs; unpacked once a pass, as checkpointing asks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    probabilities: Tensor
+    mask: Tensor | None
+    out: Tensor
 
 
 def _differentiable_once(
@@ -56,18 +79,22 @@ def _differentiable_once(
 ) -> Callable[..., tuple[Any, ...]]:
     """Make a second derivative raise, also where the incoming gradient is a constant.
 
-    torch's `once_differentiable` lets that case through, and the term is silently missing.
+    torch's `once_differentiable` lets that case through, and the term is silently missing. The node
+    that raises is a function of all that the gradients depend on: q, k, v and what came in (by the
+    ticket, also of the followers' values), so that it lies on the path to each of them.
     """
 
     @wraps(backward)
     def once(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        saved = _Saved(*ctx.saved_tensors)
         with torch.no_grad():
-            grads = backward(ctx, *grad_outputs)
+            grads = backward(ctx, saved, *grad_outputs)
         if not torch.is_grad_enabled():
             return grads
-        message = b"shared attention has no second derivative; backend='reference' has one"
-        refuse = torch._C._functions.DelayedError(message, len(grads))  # pyright: ignore
-        return refuse(*(g if g is None else g.detach().requires_grad_() for g in grads))
+        sources = (*(g if g is None else g.detach() for g in grads), *saved[:3], *grad_outputs)
+        message = _NO_SECOND_DERIVATIVE.encode()
+        refuse = torch._C._functions.DelayedError(message, len(sources))  # pyright: ignore
+        return refuse(*sources)[: len(grads)]
 
     return once
 
@@ -99,11 +126,11 @@ class Leader(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_out: Tensor | None, *others: Tensor | None
+        ctx: Any, saved: _Saved, grad_out: Tensor | None, *others: Tensor | None
     ) -> tuple[Any, ...]:
         tickets = others[-1]
         entries = ctx.stash.take(0 if tickets is None else int(tickets.detach()))
-        return *_leader_gradients(ctx, grad_out, entries), None, None, None, None, None
+        return *_leader_gradients(ctx, saved, grad_out, entries), None, None, None, None, None
 
 
 class Follower(torch.autograd.Function):
@@ -133,11 +160,10 @@ class Follower(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_out: Tensor | None
+        ctx: Any, saved: _Saved, grad_out: Tensor | None
     ) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 11
-        saved = _Saved(*ctx.saved_tensors)
         ticket = None
         if ctx.stash is not None:
             ctx.stash.add(saved.v, grad_out, _delta(grad_out, saved.out))
@@ -145,18 +171,6 @@ class Follower(torch.autograd.Function):
         needs_v = ctx.needs_input_grad[0]
         grad_v = _value_gradient(saved, ctx.settings, grad_out) if needs_v else None
         return grad_v, ticket, *(None,) * 9
-
-
-class _Saved(NamedTuple):
-    """What a backward pass needs; unpacked once a pass, as checkpointing asks."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lse: Tensor
-    probabilities: Tensor
-    mask: Tensor | None
-    out: Tensor
 
 
 def _save_leader(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -202,9 +216,11 @@ def _score_gradients(
 
 
 def _leader_gradients(
-    ctx: Any, grad_out: Tensor | None, entries: list[tuple[Tensor, Tensor, Tensor]]
+    ctx: Any,
+    saved: _Saved,
+    grad_out: Tensor | None,
+    entries: list[tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    saved = _Saved(*ctx.saved_tensors)
     needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
     grad_q = grad_k = grad_v = None
     if grad_out is not None:
@@ -216,7 +232,8 @@ def _leader_gradients(
 
 
 def _leader_backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    return *_leader_gradients(ctx, grad_out, []), None, None, None, None
+    saved = _Saved(*ctx.saved_tensors)
+    return *_leader_gradients(ctx, saved, grad_out, []), None, None, None, None
 
 
 def _follower_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
@@ -233,5 +250,11 @@ def _follower_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
     return grad_q, grad_k, grad_v, *(None,) * 6
 
 
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
 operators.leader_forward.register_autograd(_leader_backward, setup_context=_save_leader)
 operators.follower_forward.register_autograd(_follower_backward, setup_context=_save_follower)
+operators.value_backward.register_autograd(_refuse)
+operators.score_backward.register_autograd(_refuse)

@@ -13,7 +13,8 @@ class SharedAttention:
     """What a leader hands to its followers. Let go of it when the group ends: it may hold A.
 
     Attributes:
-        q: the leader's queries [B, h, N, d], as computed with (after autocast).
+        q: the leader's queries [B, h, N, d], as computed with (after autocast); under a mask, those
+            that see no key are 0.
         k: its keys [B, h_kv, M, d]; those that no query may attend to are 0.
         mask: None or boolean [B or 1, h or 1, N, M], True = attend.
         lse: log-sum-exp of the scores [B, h, N], float32 or better; -inf in a row without keys.
@@ -55,8 +56,8 @@ def leader_attention(
 ) -> tuple[Tensor, SharedAttention]:
     """Return O = softmax(scale Q K^T + mask) V [B, h, N, e] and the state that followers need.
 
-    A query without keys gets O = 0, and gradients of 0. Keys that the mask hides from every query
-    may hold anything, NaN included. Under autocast the tensors are cast as SDPA casts them.
+    A query without keys gets O = 0, and gradients of 0; it may hold anything, NaN included, as may
+    a key that the mask hides from every query. Under autocast the tensors are cast as for SDPA.
 
     Args:
         q: queries [B, h, N, d]; float64, float32, float16 or bfloat16.
@@ -80,6 +81,8 @@ def leader_attention(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
         unused_keys = ~mask.any(2).expand(-1, -1, k.shape[2])
+        unused_queries = arguments.unused_queries(mask, causal, q.shape[2], k.shape[2])
+        q = q.masked_fill(unused_queries[..., None], 0)
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
         k, v = (arguments.zero_unused(t, unused_keys) for t in (k, v))
 

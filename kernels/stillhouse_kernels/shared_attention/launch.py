@@ -217,6 +217,8 @@ def _mask_arguments(q: Tensor, mask: Tensor | None) -> dict[str, Any]:
         strides = {f"mask_{axis}_stride": 0 for axis in _AXES}
         return {"mask_ptr": unread, **strides, "HAS_MASK": False}
     wide = kernel.has_wide_mask(_capability(q), 8 * q.dtype.itemsize)
+    # An axis along which the mask is expanded would be filled in by a cast, or by padding.
+    mask = mask[tuple(slice(None if stride else 1) for stride in mask.stride()[:3])]
     allowed = _aligned(mask.to(torch.int32) if wide else mask.view(torch.uint8))
     allowed = allowed.expand(*q.shape[:3], allowed.shape[-1])
     return {"mask_ptr": allowed, **_strides("mask", allowed), "HAS_MASK": True}
