@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from vocabulary_heads import (
 from stillhouse.objectives.divergences import named_divergence
 from stillhouse.objectives.top_k import top_k_divergence
 from stillhouse.records.language import TopKSignal, VocabularyHead
-from stillhouse_kernels.vocabulary_loss import TeacherTopK, linear_divergence
+from stillhouse_kernels.vocabulary_loss import linear_divergence
 
 OPTIONS = {
     "plain": {},
@@ -141,7 +142,7 @@ def test_ignored_rows_are_never_read(divergence: str, teacher: str) -> None:
     p = Problem(*(x.clone() for x in vars(p).values()))
     p.X[~mask], p.Y[~mask] = bad, -bad
     if signal is not None:
-        signal = TeacherTopK(*(None if x is None else x.clone() for x in signal))  # type: ignore[arg-type]
+        signal = signal._replace(ids=signal.ids.clone(), log_probs=signal.log_probs.clone())
         signal.ids[~mask], signal.log_probs[~mask] = -100, torch.nan
     got = p(divergence=divergence, mask=mask, teacher_topk=signal, chunk_size=4)
     assert all(map(torch.equal, got, expected))
@@ -219,7 +220,7 @@ def test_memory_is_a_chunks(divergence: str) -> None:
         p = problem(n, V, H, H).to(torch.float32)
         p = Problem(*(x.requires_grad_(name in "XW") for name, x in vars(p).items()))
         options = {"divergence": divergence, "chunk_size": c}
-        run = lambda p=p, options=options: linear_divergence(p.X, p.W, p.Y, p.U, **options)  # noqa: E731
+        run = partial(linear_divergence, p.X, p.W, p.Y, p.U, **options)
         run()
         outputs = 4 * (V * H + n * H + n)
         peaks.append(peak_bytes(run) - outputs)

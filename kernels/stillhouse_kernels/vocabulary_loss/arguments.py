@@ -86,8 +86,8 @@ def checked_top_k(
             "log_residual), or a TeacherTopK"
         )
     ids, log_probs, log_residual, *drawn = teacher_topk
-    given = (ids, log_probs, log_residual, *drawn)
-    top_k = TeacherTopK(*(None if t is None else t.detach() for t in given))  # type: ignore[arg-type]
+    drawn = (None if t is None else t.detach() for t in drawn)
+    top_k = TeacherTopK(ids.detach(), log_probs.detach(), log_residual.detach(), *drawn)
     if (top_k.tail_ids is None) != (top_k.tail_entropy is None):
         raise ValueError("teacher_topk: tail_ids and tail_entropy go together, one is missing")
     return top_k
