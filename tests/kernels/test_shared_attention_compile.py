@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from rank_kernels import Layers, train_rank
+from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -245,41 +246,6 @@ def test_autocast_under_compile() -> None:
         outs, wanted = compiled(*leaves), grouped()(*leaves)
     assert all(out.dtype == torch.bfloat16 for out in outs)
     torch.testing.assert_close(outs, wanted)
-
-
-class Layers(nn.Module):
-    """A leader and two followers on a residual stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qk = nn.Linear(16, 32)
-        self.v = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-
-    def forward(self, x: Tensor, backend: str) -> Tensor:
-        q, k = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qk(x).chunk(2, -1))
-        state = None
-        for layer in self.v:
-            v = layer(x).unflatten(-1, (2, 8)).transpose(1, 2)
-            if state is None:
-                out, state = leader_attention(q, k, v, causal=True, backend=backend)
-            else:
-                out = follower_attention(state, v)
-            x = x + out.transpose(1, 2).flatten(2)
-        return x.square().mean()
-
-
-def train_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
-    model = nn.parallel.DistributedDataParallel(Layers())
-    batch = normal(world, 20, 16, dtype=torch.float32)
-    for _ in range(2):
-        model(batch[rank : rank + 1], "streaming").backward()
-    torch.save([p.grad for p in model.parameters()], Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_kernels import average_losses
 from torch import Tensor
 from vocabulary_heads import Problem, assert_same, loss_of, problem, some, top_k
 
@@ -151,36 +152,6 @@ def test_a_graph_may_be_kept() -> None:
     assert torch.equal(X.grad, first)
 
 
-def _two_processes(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=2
-    )
-    p = problem(n=16).to(torch.float32)
-    head = torch.nn.Linear(8, 63)
-    with torch.no_grad():
-        head.weight.copy_(p.W), head.bias.copy_(p.b)
-
-    class Student(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = head
-
-        def forward(self, X: Tensor, Y: Tensor) -> Tensor:
-            weight, bias = self.head.weight, self.head.bias
-            return linear_divergence(X, weight, Y, p.U, student_bias=bias, teacher_bias=p.c)
-
-    half = slice(8 * rank, 8 * rank + 8)
-    student = torch.nn.parallel.DistributedDataParallel(Student())
-    student(p.X[half], p.Y[half]).backward()
-    _, _, dW, db = p()
-    assert head.weight.grad is not None
-    assert head.bias.grad is not None
-    torch.testing.assert_close(head.weight.grad, dW, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(head.bias.grad, db, rtol=1e-4, atol=1e-7)
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_two_processes_average(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_two_processes, (os.fspath(tmp_path / "store"),), nprocs=2)
+    torch.multiprocessing.spawn(average_losses, (os.fspath(tmp_path / "store"),), nprocs=2)
