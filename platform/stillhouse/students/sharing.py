@@ -1,0 +1,120 @@
+"""Which layers of a student take the attention matrix of which: followers and their leaders.
+
+Layers are counted from 0. A follower takes the matrix of its leader, the nearest layer before it that
+is no follower; a leader and its followers make a group.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.errors import UserError
+from stillhouse.files import write_json
+
+SHARING = "sharing.json"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A choice of followers.
+
+    Attributes:
+        leaders: for every layer the one whose matrix it takes; itself, where it computes its own.
+        order: the followers in the order in which they were chosen.
+    """
+
+    leaders: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def followers(self) -> tuple[int, ...]:
+        """The followers, in rising order."""
+        return tuple(sorted(self.order))
+
+    @property
+    def groups(self) -> dict[int, list[int]]:
+        """Leader -> its followers in rising order, of leaders that have any."""
+        groups: dict[int, list[int]] = {}
+        for follower in self.followers:
+            groups.setdefault(self.leaders[follower], []).append(follower)
+        return groups
+
+
+def sharing_of(followers: Sequence[int], layers: int, *, key: str) -> Sharing:
+    """Give every follower its leader.
+
+    Args:
+        followers: in any order; none shares nothing.
+        layers: how many the model has.
+        key: what the user set, for messages.
+
+    Raises:
+        UserError: for a layer that is not there or stands twice, and for layer 0, which has no
+            layer before it.
+    """
+    chosen = tuple(followers)
+    wrong = [layer for layer in chosen if not 0 <= layer < layers]
+    if wrong:
+        raise UserError(
+            f"{key}={list(chosen)}: there is no layer {wrong[0]}; the model has the layers 0 to "
+            f"{layers - 1}"
+        )
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"{key}={list(chosen)}: a layer stands twice; expected each once")
+    if 0 in chosen:
+        raise UserError(
+            f"{key}={list(chosen)}: layer 0 cannot be a follower, no layer before it computes a "
+            "matrix; leave it out"
+        )
+    leaders: list[int] = []
+    for layer in range(layers):
+        leaders.append(leaders[-1] if layer in chosen else layer)
+    return Sharing(tuple(leaders), chosen)
+
+
+def write_sharing(sharing: Sharing, folder: Path) -> None:
+    """Write the choice where a student's recipe reads it."""
+    content = {"attention_leaders": list(sharing.leaders), "followers": list(sharing.order)}
+    write_json(folder / SHARING, content)
+
+
+def read_sharing(path: str, *, key: str) -> Sharing:
+    """Read what `write_sharing` wrote.
+
+    Args:
+        path: the folder, or the file itself.
+        key: of the path, for messages.
+
+    Raises:
+        UserError: where there is no such file, or it says something else.
+    """
+    file = Path(path) / SHARING if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text())
+        leaders, order = content["attention_leaders"], content["followers"]
+        sharing = sharing_of([int(f) for f in order], len(leaders), key=f"{key}: followers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{key}={path}: no choice of followers can be read from {file.name}; expected what the "
+            "stage `sharing` wrote"
+        ) from error
+    if list(sharing.leaders) != leaders:
+        raise UserError(
+            f"{key}={path}: attention_leaders={leaders} are not the nearest layers before the "
+            f"followers {list(order)}, which would be {list(sharing.leaders)}"
+        )
+    return sharing
+
+
+def group_ends(*, sharing_path: str) -> list[int]:
+    """Return where each group ends, as hidden states are numbered: i is what block i - 1 hands on.
+
+    Args:
+        sharing_path: folder of a choice of followers.
+
+    Raises:
+        UserError: as `read_sharing`.
+    """
+    groups = read_sharing(sharing_path, key="sharing_path").groups
+    return [followers[-1] + 1 for followers in groups.values()]
