@@ -1,7 +1,7 @@
 """Which layers of a student take the attention matrix of which: followers and their leaders.
 
-Layers are counted from 0. A follower takes the matrix of its leader, the nearest layer before it that
-is no follower; a leader and its followers make a group.
+Layers are counted from 0. A follower takes the matrix of its leader, the nearest layer before it
+that is no follower; a leader and its followers make a group.
 """
 
 import json
