@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,6 +18,12 @@ from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer, one_line
 from stillhouse.errors import UserError
 from stillhouse.records.language import LanguageOutput, SequenceBatch, VocabularyHead
+from stillhouse.students import modeling_shared_attention
+
+# Models with code of their own: the folder brings it along, this package has it anyway.
+for own in modeling_shared_attention.MODELS:
+    AutoConfig.register(own.config_class.model_type, own.config_class)
+    AutoModelForCausalLM.register(own.config_class, own)
 
 
 def llama(

@@ -1,7 +1,7 @@
 """Which layers of a student take the attention matrix of which: followers and their leaders.
 
-Layers are counted from 0. A follower takes the matrix of its leader, the nearest layer before it
-that is no follower; a leader and its followers make a group.
+Layers are counted from 0. A follower takes the matrix of its leader, a layer before it that is no
+follower: the nearest, where only followers are named. A leader and its followers make a group.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stillhouse.errors import UserError
 from stillhouse.files import write_json
+from stillhouse.students.modeling_shared_attention import check_leaders
 
 SHARING = "sharing.json"
 
@@ -92,19 +93,24 @@ def read_sharing(path: str, *, key: str) -> Sharing:
     file = Path(path) / SHARING if Path(path).is_dir() else Path(path)
     try:
         content = json.loads(file.read_text())
-        leaders, order = content["attention_leaders"], content["followers"]
-        sharing = sharing_of([int(f) for f in order], len(leaders), key=f"{key}: followers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        leaders = [int(leader) for leader in content["attention_leaders"]]
+        followers = [layer for layer, leader in enumerate(leaders) if leader != layer]
+        order = [int(f) for f in content.get("followers", followers)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{key}={path}: no choice of followers can be read from {file.name}; expected what the "
             "stage `sharing` wrote"
         ) from error
-    if list(sharing.leaders) != leaders:
+    try:
+        check_leaders(leaders, None)
+    except ValueError as error:
+        raise UserError(f"{key}={path}: {error}") from error
+    if sorted(order) != followers:
         raise UserError(
-            f"{key}={path}: attention_leaders={leaders} are not the nearest layers before the "
-            f"followers {list(order)}, which would be {list(sharing.leaders)}"
+            f"{key}={path}: followers={order}, by attention_leaders they are {followers}; leave "
+            "the first out, or make them agree"
         )
-    return sharing
+    return Sharing(tuple(leaders), tuple(order))
 
 
 def group_ends(*, sharing_path: str) -> list[int]:
