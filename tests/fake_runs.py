@@ -1,6 +1,7 @@
 """Run directories as runs write them, for the tests of what reads them."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,5 +79,31 @@ def make_other(sweep: Path, numbers: dict[int, float]) -> Path:
             overrides=["method.divergence=reverse_kl", f"seed={seed}"],
             models={"student": {"test_nll": number}},
             config={"method": {"divergence": "reverse_kl", "temperature": 2.0}, "seed": seed},
+        )
+    return sweep
+
+
+def make_fractions(sweep: Path, *settings: str, shift: float = 0.0) -> Path:
+    """Write a sweep over shared fractions and seeds, not in their order; return it.
+
+    Args:
+        sweep: its folder.
+        settings: overrides that all of its runs have besides.
+        shift: of the test NLL of its students.
+    """
+    for job, (seed, fraction) in enumerate(product((1, 0), (0.4, 0.0, 0.8, 0.2))):
+        number = 2.0 + fraction**2 + seed / 10 + shift
+        own = {"parameters": int(1000 - 100 * fraction), "shared_fraction": fraction}
+        make_run(
+            sweep / str(job),
+            recipe="echoatt",
+            seed=seed,
+            config_hash=f"{fraction} {settings}",
+            overrides=[f"sharing.fraction={fraction}", *settings, f"seed={seed}"],
+            models={
+                "teacher": {"test_nll": 1.9, "parameters": 1000},
+                "student": {"test_nll": number, **own, "decode_tokens_per_s": 100 + seed},
+                "continual": {"test_nll": number + fraction, **own},
+            },
         )
     return sweep

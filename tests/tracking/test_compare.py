@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from commands import Finished, run_process
-from fake_runs import make_other, make_run, make_word_kd
+from fake_runs import make_fractions, make_other, make_run, make_word_kd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -18,16 +18,9 @@ from stillhouse.errors import UserError
 from stillhouse.schema import Comparison
 from stillhouse.tracking import compare, pictures
 from stillhouse.tracking.compare import CSV_COLUMNS, Sheet, compare_runs, print_sheet
-from stillhouse.tracking.folding import Group, group_runs
-from stillhouse.tracking.gather import find_folders, read_runs
+from stillhouse.tracking.tradeoff import Point, TradeOff
 
-
-def groups_of(*entries: Path) -> list[Group]:
-    """Read and group the runs, none of them left out."""
-    runs, left_out = read_runs(find_folders([str(e) for e in entries]))
-    groups, older = group_runs(runs)
-    assert left_out == older == []
-    return groups
+DEFAULT_PICTURE = "quality_against_parameters.png"
 
 
 def job(**values: Any) -> DictConfig:
@@ -67,7 +60,7 @@ def test_the_job_writes_its_table_its_page_and_its_pictures(
     entries = [str(sweep), str(tmp_path / "bad")]
     compare_runs(job(runs=entries, baseline="student_alone", to=str(to)), tmp_path)
 
-    names = ["compare.csv", "compare.md", "loss.png", "quality_against_parameters.png"]
+    names = ["compare.csv", "compare.md", "loss.png", DEFAULT_PICTURE]
     assert sorted(p.name for p in to.iterdir()) == names
     assert all((to / n).read_bytes().startswith(b"\x89PNG") for n in names[2:])
 
@@ -116,24 +109,91 @@ def test_without_series_and_sizes_there_are_no_pictures(tmp_path: Path) -> None:
     make_run(tmp_path / "a" / "0")
     compare_runs(job(runs=[str(tmp_path / "a")], to=str(tmp_path / "to")), tmp_path)
     assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["compare.csv", "compare.md"]
-    assert (tmp_path / "to" / "compare.md").read_text().startswith("1 run; made by `python run.py ")
+    page = (tmp_path / "to" / "compare.md").read_text()
+    assert page.startswith("1 run; made by `python run.py ")
+    assert "Left out" not in page
+
+
+def charts_of(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, runs: Path, **values: Any
+) -> tuple[dict[str, TradeOff], str]:
+    """Run the job without drawing; return file name -> what it would show, and the page."""
+    drawn: dict[str, TradeOff] = {}
+    monkeypatch.setattr(
+        pictures, "draw_trade_off", lambda chart, path: drawn.update({path.name: chart})
+    )
+    to = folder / f"to{len(list(folder.iterdir()))}"
+    compare_runs(job(runs=[str(runs)], to=str(to), **values), folder)
+    return drawn, (to / "compare.md").read_text()
 
 
 def test_the_size_need_not_be_a_column_and_the_quality_may_be_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = {}
-    monkeypatch.setattr(pictures, "draw_points", lambda points, *rest: drawn.update({rest: points}))
-    groups = groups_of(make_word_kd(tmp_path / "sweep"))
-    compare.draw(groups, ["top1_agreement"], tmp_path)
-    ((axes, points),) = drawn.items()
-    assert axes[:2] == ("parameters", "top1_agreement")
-    assert points == {"student": (500, 0.5)}
-    drawn.clear()
-    compare.draw(groups, ["parameters", "test_nll"], tmp_path)
-    ((axes, points),) = drawn.items()
-    assert axes[:2] == ("parameters", "test_nll")
-    assert points["student_alone"] == (500, pytest.approx(2.3))
+    sweep = make_word_kd(tmp_path / "sweep")
+    drawn, page = charts_of(monkeypatch, tmp_path, sweep, metrics=["top1_agreement"])
+    ((name, chart),) = drawn.items()
+    assert (name, chart.x, chart.y) == (DEFAULT_PICTURE, "parameters", "top1_agreement")
+    assert chart.points == {"student": Point(500, 0.5)}
+    assert "| group | role | top1_agreement |" in page
+    drawn, page = charts_of(monkeypatch, tmp_path, sweep, metrics=["parameters", "test_nll"])
+    ((name, chart),) = drawn.items()
+    assert (name, chart.x, chart.y) == (DEFAULT_PICTURE, "parameters", "test_nll")
+    alone = chart.points["student_alone"]
+    assert (alone.x, alone.y, alone.y_sd) == (500, pytest.approx(2.3), pytest.approx(0.3))
+
+
+def test_metrics_asked_for_on_an_axis_are_columns_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make_fractions(tmp_path / "sweep")
+    metrics = ["decode_tokens_per_s", "test_nll"]
+    drawn, page = charts_of(monkeypatch, tmp_path, sweep, metrics=metrics, x="shared_fraction")
+    ((name, chart),) = drawn.items()
+    assert name == "quality_against_shared_fraction.png"
+    assert (chart.x, chart.y) == ("shared_fraction", "test_nll")
+    assert "| group | role | decode_tokens_per_s | test_nll | shared_fraction |" in page
+    axes = {"x": "test_nll", "y": "decode_tokens_per_s"}
+    drawn, page = charts_of(monkeypatch, tmp_path, sweep, metrics=["parameters"], **axes)
+    ((name, chart),) = drawn.items()
+    assert name == "decode_tokens_per_s_against_test_nll.png"
+    assert (chart.x, chart.y) == ("test_nll", "decode_tokens_per_s")
+    assert "| group | role | parameters | test_nll | decode_tokens_per_s |" in page
+
+
+@pytest.mark.parametrize("key", ["x", "y"])
+def test_an_axis_that_no_model_has_is_refused(tmp_path: Path, key: str) -> None:
+    sweep = make_fractions(tmp_path / "sweep")
+    with pytest.raises(UserError) as caught:
+        compare_runs(job(**{"runs": [str(sweep)], key: "share_fraction"}), tmp_path)
+    assert str(caught.value) == (
+        f"{key}: no model has 'share_fraction'; the runs have test_nll, parameters, "
+        "shared_fraction, decode_tokens_per_s; did you mean 'shared_fraction'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"x": "shared_fraction", "y": "teacher_only"},
+            "teacher_only_against_shared_fraction.png is left out: no model has shared_fraction "
+            "and teacher_only",
+        ),
+        (
+            {"x": "shared_fraction", "metrics": ["shared_fraction"]},
+            "quality_against_shared_fraction.png is left out: name a metric with y=<metric>",
+        ),
+    ],
+)
+def test_a_picture_that_was_asked_for_and_is_empty_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], line: str
+) -> None:
+    models = {"teacher": {"teacher_only": 1.0}, "student": {"shared_fraction": 0.5}}
+    run = make_run(tmp_path / "run", models=models)
+    drawn, page = charts_of(monkeypatch, tmp_path, run, **values)
+    assert drawn == {}
+    assert page.splitlines()[-1] == f"- {line}"
 
 
 def test_a_gap_needs_the_test_nll_among_the_columns(tmp_path: Path) -> None:
@@ -168,7 +228,7 @@ def test_nothing_half_written_is_left_behind(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "draw_points", fail)
+    monkeypatch.setattr(pictures, "draw_trade_off", fail)
     with pytest.raises(UserError, match=r"to=.*: cannot be written: No space left on device"):
         compare_runs(job(runs=[str(sweep)], to=str(to)), tmp_path)
     assert [p.name for p in to.iterdir()] == ["compare.csv"]
@@ -190,7 +250,7 @@ def test_a_file_in_the_way_of_the_folder_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_line_is_read_back_as_the_same_values(value: str) -> None:
-    config = job(runs=[value, "x"], baseline=value, metrics=[value], to=value)
+    config = job(runs=[value, "x"], baseline=value, metrics=[value], x=value, y=value, to=value)
     words = shlex.split(compare.command_line(config))
     assert words[:4] == ["python", "run.py", "--config-name", "compare"]
     overrides = OverridesParser.create().parse_overrides(words[4:])
@@ -199,6 +259,7 @@ def test_the_command_line_is_read_back_as_the_same_values(value: str) -> None:
     assert read.runs == [value, "x"]
     assert read.baseline == value
     assert read.metrics == [value]
+    assert (read.x, read.y) == (value, value)
     assert read.to == value
 
 
@@ -236,6 +297,18 @@ def test_the_command_compares(tmp_path: Path) -> None:
     first = (tmp_path / "there" / "compare.md").read_text().splitlines()[0]
     command = "python run.py --config-name compare 'runs=[outputs/*]' baseline=student_alone"
     assert first == f"3 runs; made by `{command} to=there`"
+
+
+def test_the_command_draws_a_sweep_against_the_metric_asked_for(tmp_path: Path) -> None:
+    make_fractions(tmp_path / "outputs")
+    done = compare_in(tmp_path, "runs=[outputs]", "x=shared_fraction", "y=test_nll", "to=there")
+    assert (done.code, done.err) == (0, "")
+    page = (tmp_path / "there" / "compare.md").read_text().splitlines()
+    command = "python run.py --config-name compare 'runs=[outputs]' x=shared_fraction y=test_nll"
+    assert page[0] == f"8 runs; made by `{command} to=there`"
+    picture = "test_nll_against_shared_fraction"
+    assert page[-1] == f"![{picture}]({picture}.png)"
+    assert (tmp_path / "there" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_refuses_an_unknown_metric_in_one_line(tmp_path: Path) -> None:

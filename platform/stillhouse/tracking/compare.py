@@ -1,7 +1,7 @@
-"""The job `compare`: a table over runs, differences to a baseline, the curves, quality and size.
+"""The job `compare`: a table over runs, differences to a baseline, the curves, the trade-off.
 
-Reading (`gather`), folding (`folding`, `baselines`) and writing (here) are apart: what is written
-is a function of records, whatever the form.
+Reading (`gather`), folding (`folding`, `baselines`, `tradeoff`) and writing (here) are apart: what
+is written is a function of records, whatever the form.
 """
 
 import csv
@@ -27,8 +27,9 @@ from stillhouse.tracking.folding import Cell, Group
 from stillhouse.tracking.gather import find_folders, read_runs
 from stillhouse.tracking.intervals import Estimate
 from stillhouse.tracking.report import format_number
+from stillhouse.tracking.tradeoff import TradeOff, choose_quality, trade_off
 
-SIZE, QUALITY, CURVE = "parameters", "test_nll", "val_nll"
+CURVE = "val_nll"
 CSV_COLUMNS = ("group", "role", "metric", "mean", "sd", "n", "difference", "low", "high", "pairs")
 
 
@@ -64,7 +65,7 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
             f"compared; looked for a {RESULTS} with status done and numbers of models"
         )
     groups, older = folding.group_runs(runs)
-    metrics = folding.choose_metrics(groups, config.metrics)
+    metrics = folding.choose_metrics(groups, config.metrics, config.x, config.y)
     baseline = choose_baseline(groups, config.baseline)
     cells, gaps = folding.fold(groups, metrics, baseline), []
     warnings += older
@@ -77,6 +78,8 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
     sheets = [main_sheet(cells, metrics)]
     if any(c.difference for c in cells):
         sheets.append(difference_sheet([*cells, *gaps], config.baseline))
+    chart, without_chart = _chart(groups, metrics, config.x, config.y)
+    warnings += without_chart
     _warn(warnings, console)
     for sheet in sheets:
         print_sheet(sheet, console)
@@ -85,7 +88,7 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
 
     def write(target: Path) -> None:
         write_csv([*cells, *gaps], target / "compare.csv")
-        draw(groups, metrics, target)
+        draw(groups, chart, target / _picture(config.x, config.y))
         pictures = sorted(p.name for p in target.glob("*.png"))
         text = markdown(first_line, sheets, warnings, pictures)
         (target / "compare.md").write_text(text, encoding="utf-8")
@@ -185,6 +188,10 @@ def command_line(config: DictConfig) -> str:
         words.append(f"baseline={_for_hydra(config.baseline)}")
     if config.metrics is not None:
         words.append(f"metrics=[{','.join(map(_for_hydra, config.metrics))}]")
+    if config.x != folding.SIZE:
+        words.append(f"x={_for_hydra(config.x)}")
+    if config.y is not None:
+        words.append(f"y={_for_hydra(config.y)}")
     words.append(f"to={_for_hydra(config.to)}")
     return shlex.join(["python", "run.py", "--config-name", "compare", *words])
 
@@ -211,27 +218,33 @@ def write_csv(cells: Sequence[Cell], path: Path) -> None:
             writer.writerow([*row, change.mean if change else None, *last])
 
 
-def draw(groups: Sequence[Group], metrics: Sequence[str], target: Path) -> None:
-    """Draw the curves and quality against size, where the runs have the numbers."""
-    from stillhouse.tracking.pictures import draw_bands, draw_points
+def _picture(x: str, y: str | None) -> str:
+    return f"{y or 'quality'}_against_{x}.png"
+
+
+def _chart(
+    groups: Sequence[Group], metrics: Sequence[str], x: str, y: str | None
+) -> tuple[TradeOff | None, list[str]]:
+    """Return what the picture shows, or None, and a line if it was asked for."""
+    quality = choose_quality(metrics, x, y)
+    chart = trade_off(groups, x, quality) if quality else None
+    if chart is not None and (chart.curves or chart.points):
+        return chart, []
+    if x == folding.SIZE and y is None:
+        return None, []
+    reason = f"no model has {x} and {quality}" if quality else "name a metric with y=<metric>"
+    return None, [f"{_picture(x, y)} is left out: {reason}"]
+
+
+def draw(groups: Sequence[Group], chart: TradeOff | None, path: Path) -> None:
+    """Draw the chart to `path` and the curves of training beside it, where there are any."""
+    from stillhouse.tracking.pictures import draw_bands, draw_trade_off
 
     bands = folding.short_labels(folding.fold_curves(groups, CURVE))
     if bands:
-        draw_bands(bands, CURVE, target / "loss.png", f"{CURVE}: mean and range over seeds")
-    quality = QUALITY if QUALITY in metrics else next((m for m in metrics if m != SIZE), None)
-    if quality is None:
-        return
-    cells = folding.fold(groups, [SIZE, quality], None)
-    means = {(c.group, c.role, c.metric): c.value.mean for c in cells}
-    points = {
-        (group, role): (size, means[group, role, quality])
-        for (group, role, metric), size in means.items()
-        if metric == SIZE and (group, role, quality) in means
-    }
-    points = {k: (x, y) for k, (x, y) in points.items() if 0 < x < math.inf and math.isfinite(y)}
-    if points:
-        path = target / f"quality_against_{SIZE}.png"
-        draw_points(folding.short_labels(points), SIZE, quality, path, f"{quality} against {SIZE}")
+        draw_bands(bands, CURVE, path.with_name("loss.png"), f"{CURVE}: mean and range over seeds")
+    if chart is not None:
+        draw_trade_off(chart, path)
 
 
 def publish(write: Callable[[Path], None], to: Path) -> list[str]:

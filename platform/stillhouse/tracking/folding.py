@@ -12,8 +12,10 @@ from stillhouse.stages.fingerprint import NEUTRAL_KEYS
 from stillhouse.tracking.gather import Run
 from stillhouse.tracking.intervals import Estimate, estimate
 
-GAP_METRIC = "test_nll"
+QUALITY = GAP_METRIC = "test_nll"
 GAP_CLOSED = "gap_closed"
+# On the horizontal axis where no metric is asked for.
+SIZE = "parameters"
 # Keys that do not tell groups apart: repeats differ in them, or the label says it already.
 # `debug` changes sizes and steps, so it does.
 UNTOLD = {*CONDUCT, *NEUTRAL_KEYS, "seed", "experiment"} - {"debug"}
@@ -32,6 +34,11 @@ class Group:
 
     label: str
     runs: tuple[Run, ...]
+
+    @property
+    def recipe(self) -> str:
+        """The recipe of its runs."""
+        return self.runs[0].recipe
 
     @property
     def roles(self) -> list[str]:
@@ -117,7 +124,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
 def _labelled(groups: Sequence[Group]) -> list[Group]:
     """Name each group by its recipe and the overrides that not every group has."""
-    told = [_told(group) for group in groups]
+    told = [overrides_told(group) for group in groups]
     common = set.intersection(*map(set, told)) if told else set()
     labels = [
         " ".join([group.label, *(o for o in overrides if o not in common)])
@@ -132,7 +139,7 @@ def _labelled(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
-def _told(group: Group) -> list[str]:
+def overrides_told(group: Group) -> list[str]:
     """Return the overrides that all runs of a group have, without those that change no result."""
     shared = set.intersection(*(set(run.overrides) for run in group.runs))
     kept = []
@@ -150,20 +157,31 @@ def known_metrics(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(m for run in runs for role in run.models.values() for m in role))
 
 
-def choose_metrics(groups: Sequence[Group], wanted: Sequence[str] | None) -> list[str]:
-    """Return the metrics to show.
+def choose_metrics(
+    groups: Sequence[Group], wanted: Sequence[str] | None, x: str = SIZE, y: str | None = None
+) -> list[str]:
+    """Return the metrics to show: those wanted, or all, and those asked for on an axis.
+
+    Args:
+        groups: all groups of the comparison.
+        wanted: columns of the table; None wants every metric that one of the runs has.
+        x: metric on the horizontal axis; `parameters` asks for nothing.
+        y: metric on the vertical axis; None asks for nothing.
 
     Raises:
         UserError: for a metric that no model has.
     """
     known = known_metrics(groups)
-    for name in wanted or ():
+    asked = [("metrics", name) for name in wanted or known]
+    asked += [("x", x)] if x != SIZE else []
+    asked += [("y", y)] if y is not None else []
+    for key, name in asked:
         if name not in known:
             raise UserError(
-                f"metrics: no model has {name!r}; the runs have {', '.join(known)}"
+                f"{key}: no model has {name!r}; the runs have {', '.join(known)}"
                 f"{did_you_mean(name, known)}"
             )
-    return list(dict.fromkeys(wanted or known))
+    return list(dict.fromkeys(name for _, name in asked))
 
 
 def fold(groups: Sequence[Group], metrics: Sequence[str], baseline: Baseline | None) -> list[Cell]:

@@ -2,17 +2,24 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain, cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from stillhouse.tracking.folding import Band
+from stillhouse.tracking.folding import SIZE, Band
+from stillhouse.tracking.tradeoff import Point, TradeOff
 
 Curve = tuple[list[int], list[float]]
+# An axis whose largest value is more than this many times its smallest is logarithmic.
+LOG_SPAN = 4
 
 
 def curves_of(rows: Sequence[tuple[str, int, str, float]]) -> dict[str, dict[str, Curve]]:
@@ -76,27 +83,63 @@ def draw_bands(bands: Mapping[str, Band], metric: str, path: Path, title: str) -
     return path
 
 
-def draw_points(
-    points: Mapping[str, tuple[float, float]], x: str, y: str, path: Path, title: str
-) -> Path:
-    """Draw labelled points, the x-axis logarithmic: quality against size or speed."""
+def draw_trade_off(chart: TradeOff, path: Path) -> Path:
+    """Draw a sweep's curves, labelled points and levels, the deviations over seeds as bars."""
     figure, axis = plt.subplots(figsize=(6, 4.5))
-    for label, (horizontal, vertical) in points.items():
-        axis.scatter([horizontal], [vertical], s=40)
+    # Lines are whole here, a level's dashes apart: markers tell the curves of one colour apart.
+    axis.set_prop_cycle(
+        cycler(marker=["o", "s", "^", "D"]) * cycler(color=mpl.color_sequences["tab10"])
+    )
+    for label, curve in chart.curves.items():
+        _draw_marks(axis, curve, label=_plain(label), linewidth=1.5, markersize=5)
+    for label, point in chart.points.items():
+        _draw_marks(axis, [point], linestyle="none", markersize=6)
         place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
-        axis.annotate(_plain(label), (horizontal, vertical), **place)
-    axis.set_xscale("log")
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.set_title(title)
+        axis.annotate(_plain(label), (point.x, point.y), **place)
+    greys = cycle(("0.3", "0.55", "0.75"))
+    for (label, level), grey in zip(chart.levels.items(), greys, strict=False):
+        axis.axhline(level, label=_plain(label), color=grey, linestyle="--", linewidth=1.2)
+    marks = [*chart.points.values(), *chain.from_iterable(chart.curves.values())]
+    _scale(axis, chart.x, [p.x for p in marks])
+    axis.set_xlabel(chart.x)
+    axis.set_ylabel(chart.y)
+    axis.set_title(f"{chart.y} against {chart.x}")
     axis.grid(alpha=0.3)
-    axis.margins(0.15)
-    figure.tight_layout()
+    # A label stands to the right of its point.
+    axis.margins(0.15 if chart.points else 0.06)
+    if chart.curves:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A label may reach beyond the axes.
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return path
+
+
+def _draw_marks(axis: Axes, points: Sequence[Point], **style: Any) -> None:
+    axis.errorbar(
+        [p.x for p in points],
+        [p.y for p in points],
+        xerr=[p.x_sd for p in points] if any(p.x_sd for p in points) else None,
+        yerr=[p.y_sd for p in points] if any(p.y_sd for p in points) else None,
+        elinewidth=1,
+        capsize=2.5,
+        **style,
+    )
+
+
+def _scale(axis: Axes, metric: str, values: Sequence[float]) -> None:
+    """Sizes are read by their ratios, and so is what spans many; a share of 1 never is."""
+    low, high = min(values), max(values)
+    wide = low > 0 and high > LOG_SPAN * low
+    if (wide and high > 1) or (low > 0 and metric == SIZE):
+        axis.set_xscale("log")
+        # Powers of ten alone leave less than a decade without a number to read.
+        steps = (1, 2, 5) if high < 100 * low else (1,)
+        narrow = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axis.xaxis.set_major_locator(LogLocator(subs=steps) if wide else narrow)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _plain(label: str) -> str:
