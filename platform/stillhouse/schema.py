@@ -52,6 +52,7 @@ class Recipe:
     data: Any = None
     teacher: Any = None
     codec: Any = None
+    sharing: Any = None
     decoding: Any = None
     student: Any = None
     trainer: Any = None
@@ -70,6 +71,8 @@ class Comparison:
         runs: run directories, sweep directories or globs of them.
         baseline: a role (`student_alone`), or `key=value` that picks the baseline's runs.
         metrics: columns of the table; null shows every metric that one of the runs has.
+        x: metric on the horizontal axis of the picture of quality.
+        y: metric on its vertical axis; null takes `test_nll`, or else the table's first.
         to: folder of `compare.csv`, `compare.md` and the pictures.
     """
 
@@ -77,6 +80,8 @@ class Comparison:
     runs: list[str] = MISSING
     baseline: str | None = None
     metrics: list[str] | None = None
+    x: str = "parameters"
+    y: str | None = None
     to: str = "compare"
 
 

@@ -10,6 +10,10 @@ import pytest
 from commands import TINY, only_run, run_here
 from wandb.proto import wandb_internal_pb2
 
+from stillhouse.tracking.runs import RunInfo
+from stillhouse.tracking.similarity_pictures import draw_similarity
+from stillhouse.tracking.wandb import WandbTracking
+
 BLOCK = 32 * 1024
 WANDB = (*(a for a in TINY if a != "tracking=csv"), "tracking=wandb")
 
@@ -131,3 +135,29 @@ def test_an_unknown_mode_is_refused(capfd, here: Path) -> None:
     assert not (here / "outputs" / "word_kd").exists() or not list(
         (here / "outputs" / "word_kd").iterdir()
     )
+
+
+def test_a_picture_is_logged_as_an_image(here: Path) -> None:
+    info = RunInfo(
+        recipe="echoatt",
+        seed=0,
+        config_hash="0",
+        git=None,
+        folder=here,
+        name="run",
+        group="echoatt",
+        overrides=[],
+        config={},
+    )
+    picture = draw_similarity([[1.0, 0.5], [0.5, 1.0]], here / "similarity.png", "two layers")
+    with WandbTracking(project="stillhouse").stage(info, "analyse", "Analyse", here) as tracker:
+        tracker.picture("similarity", picture)
+    rows = [i for h in of_kind(offline_runs(here)["analyse"], "history") for i in h.item]
+    logged = {
+        i.nested_key[1]: json.loads(i.value_json)
+        for i in rows
+        if i.nested_key and i.nested_key[0] == "similarity"
+    }
+    assert logged["_type"] == "image-file"
+    (kept,) = here.glob(f"wandb/offline-run-*/files/{logged['path']}")
+    assert kept.read_bytes() == picture.read_bytes()

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 
 @torch.no_grad()
@@ -21,17 +22,17 @@ def size_and_speed(
         repeats: runs, of which the fastest counts: others were disturbed.
 
     Returns:
-        `parameters` (shared ones once), `prefill_tokens_per_s`, `decode_tokens_per_s` and
+        `parameters` (shared ones once), `prefill_tokens_per_s`, `decode_tokens_per_s`,
+        `kv_cache_bytes_per_token` (as `cache_bytes`, after the prompt, over its tokens) and
         `peak_memory_mb`: parameters plus what prefill and decoding added to the peak, in 10^6
         bytes; left out where the system does not tell a process its peak.
     """
-    vocabulary = int(model.config.vocab_size)
-    prompt = torch.arange(context, device=model.device).remainder(vocabulary).unsqueeze(0)
-    parameters = {id(p): p for p in model.parameters()}.values()
+    prompt = some_tokens(model, context)
 
-    def run() -> tuple[float, float]:
+    def run() -> tuple[float, float, int]:
         cache = DynamicCache(config=model.config)
-        prefill = _seconds(lambda: model(prompt, past_key_values=cache, use_cache=True), model)
+        prefill = seconds(lambda: model(prompt, past_key_values=cache, use_cache=True), model)
+        held = cache_bytes(cache)
 
         def decode() -> None:
             token = prompt[:, -1:]
@@ -39,23 +40,40 @@ def size_and_speed(
                 logits = model(token, past_key_values=cache, use_cache=True).logits
                 token = logits[:, -1:].argmax(-1)
 
-        return prefill, _seconds(decode, model)
+        return prefill, seconds(decode, model), held
 
     peak = _PeakMemory(model.device)
     runs = [run() for _ in range(repeats)]
     measured: dict[str, float | int] = {
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "prefill_tokens_per_s": context / min(r[0] for r in runs),
         "decode_tokens_per_s": new_tokens / min(r[1] for r in runs),
+        "kv_cache_bytes_per_token": runs[0][2] / context,
     }
     growth = peak.growth()
     if growth is not None:
-        held = sum(p.numel() * p.element_size() for p in parameters)
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
         measured["peak_memory_mb"] = (held + growth) / 1e6
     return measured
 
 
-def _seconds(work: Callable[[], object], model: PreTrainedModel) -> float:
+def some_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """Return a text (1, count) that has every token in turn: what it says does not matter."""
+    vocabulary = int(model.config.vocab_size)
+    return torch.arange(count, device=model.device).remainder(vocabulary).unsqueeze(0)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of the keys and values that a cache holds.
+
+    A layer with a sliding window holds those of the last tokens only, one less than the window;
+    the states of layers without attention are not counted.
+    """
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+
+def seconds(work: Callable[[], object], model: PreTrainedModel) -> float:
     """Return the wall time of `work`, the device's queue emptied before and after."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

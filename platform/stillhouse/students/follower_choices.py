@@ -19,9 +19,9 @@ def most_similar(similarity: Similarity, *, fraction: float) -> Sequence[int]:
 
     Args:
         similarity: of the model's layers.
-        fraction: of the layers, rounded to the nearest number of them and halves up; layer 0 is
-            never chosen, so there is always one less at most. At 22 layers 0.23, 0.41 and 0.77
-            are 5, 9 and 17, as in the paper.
+        fraction: of the layers, rounded to the nearest number of them and halves up, but at most
+            all save layer 0, which is never chosen. At 22 layers 0.23, 0.41 and 0.77 are 5, 9 and
+            17, as in the paper.
 
     Raises:
         UserError: for a fraction outside [0, 1).

@@ -1,6 +1,8 @@
 """What a run says when it is over: its table, its curves, where everything lies."""
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,20 +24,36 @@ def print_outcome(record: RunRecord, console: Console) -> None:
     if rows:
         title = f"{record.info.recipe}, seed {record.info.seed}"
         draw_curves(curves_of(rows), folder / "pictures" / "loss.png", title)
+    drawn = collect_pictures(folder)
     console.print(f"run directory: {folder}")
-    for name, what in (
+    left = [
         ("student", "the student, an ordinary model folder"),
         ("pictures/loss.png", "the loss curves"),
+        *((f"pictures/{name}", f"drawn by the stage {stage}") for name, stage in drawn.items()),
         ("results.json", "final numbers"),
         (SERIES, "step series"),
         ("config.yaml", "the resolved config"),
         ("stages", "every stage's artifact"),
         ("stages/evaluate/samples.json", "continuations of the prompts, by model"),
-    ):
-        if (folder / name).exists():
-            console.print(f"  {name:<29} {what}")
+    ]
+    left = [(name, what) for name, what in left if (folder / name).exists()]
+    width = max((len(name) for name, _ in left), default=0)
+    for name, what in left:
+        console.print(f"  {name:<{width}}  {what}")
     if (folder / "wandb").exists():
-        console.print(f"  {'wandb':<29} send with: wandb sync {folder}/wandb/offline-run-*")
+        console.print(f"  {'wandb':<{width}}  send with: wandb sync {folder}/wandb/offline-run-*")
+
+
+def collect_pictures(folder: Path) -> dict[str, str]:
+    """Copy what stages drew to the run's pictures; return file name -> stage."""
+    drawn = {}
+    for path in sorted((folder / "stages").glob("*/*.png")):
+        stage = path.parent.name
+        name = f"{stage}.png" if path.stem in stage else f"{stage}_{path.name}"
+        (folder / "pictures").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "pictures" / name)
+        drawn[name] = stage
+    return drawn
 
 
 def results_table(title: str, models: Mapping[str, Mapping[str, Any]]) -> Table:

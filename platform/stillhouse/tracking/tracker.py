@@ -28,6 +28,10 @@ class StageTracker(Protocol):
         """Log a table."""
         ...
 
+    def picture(self, name: str, path: Path) -> None:
+        """Log a PNG that lies at `path`."""
+        ...
+
     def summarise(
         self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
     ) -> None:
@@ -68,6 +72,9 @@ class FileTracker:
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Do nothing: the stage wrote the table to its artifact."""
+
+    def picture(self, name: str, path: Path) -> None:
+        """Do nothing: the stage drew the picture into its artifact."""
 
     def summarise(
         self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]

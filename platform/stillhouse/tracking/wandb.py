@@ -59,6 +59,12 @@ class WandbTracker:
 
         self.run.log({name: wandb.Table(columns=list(columns), data=[list(r) for r in rows])})
 
+    def picture(self, name: str, path: Path) -> None:
+        """Log a `wandb.Image`; the run keeps a copy of the file."""
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path))})
+
     def summarise(
         self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
     ) -> None:
