@@ -1,15 +1,20 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stillhouse.errors import UserError
+from stillhouse.objectives import tokens
 from stillhouse.objectives.divergences import named_divergence
 from stillhouse.objectives.tokens import (
+    likeliest_tokens,
     log_probs,
     token_cross_entropy,
     token_divergence,
 )
-from stillhouse.records.language import LanguageOutput, VocabularyHead
+from stillhouse.records.language import LanguageOutput, TopKSignal, VocabularyHead
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 
@@ -140,3 +145,56 @@ def test_infinite_divergence_at_a_masked_position_leaves_the_gradient_finite():
     assert loss.isfinite()
     (gradient,) = torch.autograd.grad(loss, s)
     assert torch.equal(gradient[~MASK], torch.zeros(3, 7).double())
+
+
+def kept(logits: Tensor, k: int) -> TopKSignal:
+    """The k likeliest tokens, in no order."""
+    top = logits.log_softmax(-1).topk(k, sorted=False)
+    ids, log_p = top.indices.flip(-1), top.values.flip(-1)
+    nothing = torch.zeros(2, 3)
+    return TopKSignal(ids, log_p, nothing, ids[..., :0], nothing, vocabulary_size=logits.shape[-1])
+
+
+@pytest.mark.parametrize("backend", [None, "streaming"])
+@pytest.mark.parametrize("student_columns", [9, 7])
+def test_likeliest_tokens_are_those_of_the_shared_columns(backend, student_columns):
+    s, t = random_logits(student_columns, seed=12), random_logits(8, seed=13)
+    t[..., 7] = 50.0
+    student = replace(says(s), loss_backend=backend)
+    expected = t[..., :student_columns].argmax(-1)[MASK]
+    assert torch.equal(likeliest_tokens(student, says(t), MASK), expected)
+    assert torch.equal(likeliest_tokens(student, kept(t, 3), MASK), expected)
+    assert (expected == 7).all() == (student_columns == 9)
+
+
+def test_likeliest_tokens_hold_few_logits_where_the_loss_does(monkeypatch):
+    held = []
+    head = VocabularyHead.__call__
+
+    def watched(self: VocabularyHead, states: Tensor) -> Tensor:
+        held.append(len(states))
+        return head(self, states)
+
+    monkeypatch.setattr(VocabularyHead, "__call__", watched)
+    monkeypatch.setattr(tokens, "LOGITS_HELD", 2 * 7)
+    student, signal = says(random_logits(7, seed=0)), says(random_logits(7, seed=1))
+    expected = likeliest_tokens(student, signal, MASK)
+    assert held == [3]
+    found = likeliest_tokens(replace(student, loss_backend="streaming"), signal, MASK)
+    assert held == [3, 2, 1]
+    assert torch.equal(found, expected)
+    none = torch.zeros_like(MASK)
+    for backend in (None, "streaming"):
+        student = replace(student, loss_backend=backend)
+        assert likeliest_tokens(student, signal, none).shape == (0,)
+
+
+def test_kept_tokens_that_the_student_does_not_know_are_refused():
+    t = random_logits(9, seed=14)
+    t[0, 1, 7:] = 50.0
+    with pytest.raises(UserError) as refusal:
+        likeliest_tokens(says(random_logits(7, seed=15)), kept(t, 2), MASK)
+    assert str(refusal.value) == (
+        "codec.k=2: at some positions the student knows none of the kept tokens, only those below "
+        "7; expected more tokens, or teacher=live"
+    )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stillhouse.errors import UserError
+from stillhouse.families.attention_sharing.echoatt import echoatt
 from stillhouse.families.sequence.word_kd import word_kd
 from stillhouse.records.language import LanguageOutput, TopKSignal
 from stillhouse.stages.cache import CacheSignal
@@ -64,9 +65,10 @@ def batches_of(data):
     return [collate_windows(chosen[i : i + 4], pad_token=data.pad_token) for i in (0, 4, 8)]
 
 
-def loss_and_gradient(student, teacher, batch, **options):
+def loss_and_gradient(student, teacher, batch, *, method=word_kd, layers=(), **options):
     student.zero_grad()
-    loss = word_kd(read_output(student, batch), teacher(batch), batch, **options).total
+    said = read_output(student, batch, layers=layers)
+    loss = method(said, teacher(batch), batch, **options).total
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in student.parameters()])
 
@@ -88,6 +90,23 @@ def test_loss_and_gradient_equal_the_live_teacher_s(
     for batch in batches_of(data):
         expected = loss_and_gradient(student, live, batch, **options)
         found = loss_and_gradient(student, read, batch, **options)
+        for e, f in zip(expected, found, strict=True):
+            assert (e - f).norm() <= 1e-6 * e.norm()
+
+
+@pytest.mark.parametrize("name", ["all tokens", "hidden states"])
+def test_echoatt_s_loss_and_gradient_equal_the_live_teacher_s(
+    cached, language_world, tiny_llama, name
+):
+    folder, _ = cached(CODECS[name], layers=(0, 1, 2))
+    data, path = language_world.data(), str(language_world.model)
+    options = {"layers": (1, 2)}
+    live = live_teacher(data, path=path, **options)
+    read = cached_teacher(data, path=path, signal_path=str(folder), codec=CODECS[name], **options)
+    student = tiny_llama(1, vocab_size=V).float()
+    for batch in batches_of(data):
+        expected = loss_and_gradient(student, live, batch, method=echoatt, **options)
+        found = loss_and_gradient(student, read, batch, method=echoatt, **options)
         for e, f in zip(expected, found, strict=True):
             assert (e - f).norm() <= 1e-6 * e.norm()
 
@@ -142,7 +161,7 @@ def test_chosen_layers_are_the_live_teacher_s(cached, language_world):
     folder, _ = cached(codec, layers=(0, 1))
     data, path = language_world.data(), str(language_world.model)
     live = live_teacher(data, path=path, layers=(0, 1))
-    read = cached_teacher(data, path=path, signal_path=str(folder), codec=codec)
+    read = cached_teacher(data, path=path, signal_path=str(folder), codec=codec, layers=(0, 1))
     for batch in batches_of(data):
         expected, found = live(batch).at(batch.mask), read(batch).at(batch.mask)
         assert isinstance(found, LanguageOutput)
@@ -240,6 +259,14 @@ def test_another_codec_is_refused(signal, language_world):
         f"teacher.signal_path={signal}: the signal is stored as TopK(k=8, tail_samples=3, "
         "dtype=float16), not as codec=TopK(k=9, tail_samples=3, dtype=float16); make it anew with "
         "force=cache, or take teacher=live"
+    )
+
+
+def test_a_layer_that_was_not_stored_is_refused(cached, language_world):
+    folder, _ = cached(CODECS["top 8"], layers=(0, 1))
+    assert refusal(language_world, folder, layers=[1, 2]) == (
+        f"teacher.layers=[1, 2]: the signal in {folder} has the layers [0, 1]; set "
+        "stages.cache.teacher.layers to them, too"
     )
 
 

@@ -1,6 +1,6 @@
 """The cached teacher: a signal that was computed once and is read from disk."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.data.language import LanguageData
+from stillhouse.errors import UserError
 from stillhouse.records.language import (
     LanguageOutput,
     LanguageSignal,
@@ -35,6 +36,7 @@ class CachedTeacher(nn.Module):
         vocabulary_size: int,
         head: VocabularyHead | None,
         *,
+        layers: Sequence[int] = (),
         keep_residual: bool = True,
     ) -> None:
         super().__init__()
@@ -42,6 +44,7 @@ class CachedTeacher(nn.Module):
         self.codec = codec
         self.vocabulary_size = vocabulary_size
         self.head = head
+        self.layers = layers
         self.keep_residual = keep_residual
 
     @torch.no_grad()
@@ -53,11 +56,12 @@ class CachedTeacher(nn.Module):
             rows = self.reader.rows(batch.windows.tolist())
         head = self._head_on(batch.input_ids.device)
         signal = self.codec.decode(rows, self.vocabulary_size, head)
+        layers = {n: _laid_out(signal.layers[n], batch.mask) for n in self.layers}
         if isinstance(signal, LanguageOutput):
             return LanguageOutput(
                 hidden_states=_laid_out(signal.hidden_states, batch.mask),
                 head=signal.head,
-                layers=_layers_laid_out(signal.layers, batch.mask),
+                layers=layers,
             )
         residual = signal.log_residual
         if not self.keep_residual:
@@ -69,7 +73,7 @@ class CachedTeacher(nn.Module):
             log_residual=_laid_out(residual, batch.mask),
             tail_ids=_laid_out(signal.tail_ids, batch.mask),
             tail_entropy=_laid_out(signal.tail_entropy, batch.mask),
-            layers=_layers_laid_out(signal.layers, batch.mask),
+            layers=layers,
         )
 
     def _head_on(self, device: torch.device) -> VocabularyHead | None:
@@ -90,16 +94,13 @@ def _laid_out(rows: Tensor, mask: Tensor) -> Tensor:
     return laid_out
 
 
-def _layers_laid_out(layers: Mapping[int, Tensor], mask: Tensor) -> dict[int, Tensor]:
-    return {layer: _laid_out(states, mask) for layer, states in layers.items()}
-
-
 def cached_teacher(
     data: LanguageData,
     *,
     path: str,
     signal_path: str,
     codec: Codec,
+    layers: Sequence[int] | None = None,
     keep_residual: bool = True,
 ) -> CachedTeacher:
     """Open the signal that the stage `cache` wrote.
@@ -109,22 +110,30 @@ def cached_teacher(
         path: the teacher that it must be of, a model folder or an id of the hub.
         signal_path: folder of the signal.
         codec: how it must be stored.
+        layers: whose hidden states it carries besides, of those that were stored. None: no others.
         keep_residual: whether the mass outside the k kept tokens is a symbol of its own
             (`objectives.top_k`); without it the kept probabilities are blown up to sum to 1 and the
             student's tail is driven to 0.
 
     Raises:
-        UserError: when the signal is of another teacher, tokenizer, data or codec, is damaged, or
-            windows are shifted.
+        UserError: when the signal is of another teacher, tokenizer, data or codec, is damaged, has
+            no such layer, or windows are shifted.
     """
     refuse_shifted_windows(data)
     folder = Path(signal_path)
     index = read_index(folder, key="teacher.signal_path")
     check_source(index.source, source_of(path, data, codec), folder, key="teacher.signal_path")
+    layers = tuple(layers or ())
+    if not set(layers) <= set(index.layers):
+        raise UserError(
+            f"teacher.layers={list(layers)}: the signal in {folder} has the layers {index.layers}; "
+            "set stages.cache.teacher.layers to them, too"
+        )
     return CachedTeacher(
         SignalReader(folder, index, data.windows("train").learned_lengths()),
         codec,
         index.vocabulary_size,
         read_head(folder) if codec.keeps_head else None,
+        layers=layers,
         keep_residual=keep_residual,
     )

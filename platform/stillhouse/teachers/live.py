@@ -39,7 +39,7 @@ def live_teacher(
     path: str,
     dtype: str = "float32",
     attn_implementation: str = "sdpa",
-    layers: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
 ) -> LiveTeacher:
     """Load a causal language model as a teacher.
 
@@ -50,7 +50,7 @@ def live_teacher(
             says how it is quantised stays quantised.
         attn_implementation: attention of `transformers` (`sdpa`, `eager`, `flash_attention_2`).
         layers: whose hidden states the signal carries besides the last ones: 0 the embeddings, i
-            what block i hands on.
+            what block i hands on. None: no others.
 
     Raises:
         UserError: when no model lies there, its tokenizer is another one than the data's, or it has
@@ -60,6 +60,7 @@ def live_teacher(
         path, dtype=dtype, attn_implementation=attn_implementation, key="teacher"
     )
     check_same_tokenizer(path, data.tokenizer, key="teacher")
+    layers = tuple(layers or ())
     depth = int(model.config.num_hidden_layers)
     if not all(0 <= layer <= depth for layer in layers):
         raise UserError(f"teacher.layers={list(layers)}: {path} has the layers 0 to {depth}")

@@ -8,7 +8,7 @@ from training import bare_trainer, plain_sgd
 from stillhouse.data.encoding import text_as_tokens
 from stillhouse.data.language import KeptBatches
 from stillhouse.data.windows import TokenWindows, collate_windows
-from stillhouse.errors import TrainingDiverged
+from stillhouse.errors import TrainingDiverged, UserError
 from stillhouse.families.optimizers import adamw
 from stillhouse.families.sequence.module import SequenceDistiller
 from stillhouse.families.sequence.sft import sft
@@ -202,3 +202,26 @@ def test_a_step_without_logits_is_the_step_with_them(fit, tiny_llama, method) ->
     for parameters, val_nll in after[1:]:
         torch.testing.assert_close(parameters, after[0][0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(val_nll, after[0][1], rtol=1e-6, atol=0)
+
+
+def test_chosen_layers_are_kept_in_training_alone(fit, tiny_llama) -> None:
+    seen, kept = [], SequenceDistiller._student_output
+
+    class Watched(SequenceDistiller):
+        def _student_output(self, *args):
+            output = kept(self, *args)
+            seen.append((self.trainer.validating, list(output.layers)))
+            return output
+
+    distiller = Watched(tiny_llama(), None, sft, plain_sgd, layers=[2, 0])
+    fit(distiller, MICRO_BATCHES[:1], max_steps=1, val_check_interval=1)
+    assert seen == [(False, [2, 0]), *[(True, [])] * 3]
+
+
+@pytest.mark.parametrize("layers", [[1, 3], [-1]])
+def test_layer_that_the_student_has_not_is_refused(tiny_llama, layers) -> None:
+    with pytest.raises(UserError) as refusal:
+        SequenceDistiller(tiny_llama(), None, sft, plain_sgd, layers=layers)
+    assert str(refusal.value) == (
+        f"stages.<stage>.family.layers={layers}: the student has the layers 0 to 2"
+    )

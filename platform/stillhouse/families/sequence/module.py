@@ -1,6 +1,6 @@
 """The training step of the family `sequence`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stillhouse.data.language import LanguageData
+from stillhouse.errors import UserError
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.objectives.tokens import token_cross_entropy
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
-from stillhouse.students.causal_lm import merged, read_output
+from stillhouse.students.causal_lm import merged, read_output, without_adapters
 from stillhouse_kernels.dispatch import Backend
 
 SequenceMethod = Callable[[LanguageOutput, LanguageSignal | None, SequenceBatch], LossTerms]
@@ -32,9 +33,14 @@ class SequenceDistiller(Distiller):
         teacher: called with a batch; None for methods that have none.
         method: the loss.
         optimizer: called with (student, max_steps).
+        layers: whose hidden states the method sees besides the last ones, in training alone: 0 the
+            embeddings, i what block i hands on. None: no others.
         loss_backend: None computes losses from logits; `auto`, `streaming`, `triton` or
             `reference` is the backend of `stillhouse_kernels.linear_divergence`, which holds the
             logits of a few tokens at a time. Equal losses and gradients, to rounding.
+
+    Raises:
+        UserError: when the student has no such layer.
     """
 
     unit = "tokens"
@@ -46,9 +52,12 @@ class SequenceDistiller(Distiller):
         method: SequenceMethod,
         optimizer: OptimizerBuilder,
         *,
+        layers: Sequence[int] | None = None,
         loss_backend: Backend | None = None,
     ) -> None:
         super().__init__(student, teacher, method, optimizer)
+        self.layers = tuple(layers or ())
+        _check_layers(student, self.layers)
         self.loss_backend: Backend | None = loss_backend
         self._tokens = torch.zeros((), dtype=torch.long)
         self._losses: dict[str, Tensor] = {}
@@ -57,7 +66,7 @@ class SequenceDistiller(Distiller):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return the sum of the loss over the batch's tokens, ready for accumulation."""
         signal = self.teacher(batch) if self.teacher is not None else None
-        losses: LossTerms = self.method(self._student_output(batch), signal, batch)
+        losses: LossTerms = self.method(self._student_output(batch, self.layers), signal, batch)
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         count = batch.mask.sum()
         self._tokens = self._tokens.to(count.device) + count
@@ -66,8 +75,9 @@ class SequenceDistiller(Distiller):
         # Lightning divides by the length of the window; the global token count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
 
-    def _student_output(self, batch: SequenceBatch) -> LanguageOutput:
-        return replace(read_output(self.student, batch), loss_backend=self.loss_backend)
+    def _student_output(self, batch: SequenceBatch, layers: Sequence[int] = ()) -> LanguageOutput:
+        output = read_output(self.student, batch, layers=layers)
+        return replace(output, loss_backend=self.loss_backend)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into those of the global token mean; log that mean."""
@@ -114,3 +124,13 @@ class SequenceDistiller(Distiller):
         """Write student and tokenizer as an ordinary `transformers` folder, adapters merged."""
         merged(self.student).save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
+
+
+def _check_layers(student: nn.Module, layers: Sequence[int]) -> None:
+    if not layers:
+        return
+    depth = without_adapters(student).config.num_hidden_layers
+    if not all(0 <= layer <= depth for layer in layers):
+        raise UserError(
+            f"stages.<stage>.family.layers={list(layers)}: the student has the layers 0 to {depth}"
+        )
