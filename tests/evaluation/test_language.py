@@ -18,13 +18,14 @@ WINDOWS = TokenWindows(
 TOKENS = 18
 collate = partial(collate_windows, pad_token=0)
 PADDED = [collate(WINDOWS[:2]), collate(WINDOWS[2:])]
+ALONE = ("test_nll", "next_token_accuracy")
 AGAINST_TEACHER = ("kl_to_teacher", "top1_agreement", "expected_acceptance")
 
 
 @torch.no_grad()
 def naive_quality(model, reference, columns: int) -> dict[str, float]:
     """Token by token, window by window, without padding or records."""
-    sums = dict.fromkeys(("test_nll", *AGAINST_TEACHER), 0.0)
+    sums = dict.fromkeys((*ALONE, *AGAINST_TEACHER), 0.0)
     for window in WINDOWS:
         rows = zip(
             model(input_ids=window.input_ids.unsqueeze(0)).logits[0],
@@ -34,6 +35,7 @@ def naive_quality(model, reference, columns: int) -> dict[str, float]:
         )
         for s, t, label in rows:
             sums["test_nll"] -= math.log(s.softmax(-1)[label])
+            sums["next_token_accuracy"] += float(s.argmax() == label)
             Q, P = s[:columns].softmax(-1), t[:columns].softmax(-1)
             sums["kl_to_teacher"] += sum(
                 p * math.log(p / q) for p, q in zip(P.tolist(), Q.tolist(), strict=True)
@@ -62,6 +64,7 @@ def test_quality_is_that_of_a_naive_loop(tiny_llama, student_rows, teacher_rows)
     ours = held_out_quality(model, reference, PADDED, text_bytes=None)
     assert ours == pytest.approx(naive_quality(model, reference, 23), rel=1e-6)
     assert 0 < ours["top1_agreement"] < 1
+    assert 0 < ours["next_token_accuracy"] < 1
     assert ours["kl_to_teacher"] > 0.01
 
 
@@ -69,8 +72,8 @@ def test_bits_per_byte_are_all_nats_over_the_bytes_of_the_text(tiny_llama):
     quality = held_out_quality(tiny_llama(), None, PADDED, text_bytes=61)
     all_bits = quality["test_nll"] * TOKENS / math.log(2)
     assert quality["bits_per_byte"] == pytest.approx(all_bits / 61, rel=1e-12)
-    assert set(quality) == {"test_nll", "bits_per_byte"}
-    assert set(held_out_quality(tiny_llama(), None, PADDED, text_bytes=None)) == {"test_nll"}
+    assert set(quality) == {*ALONE, "bits_per_byte"}
+    assert set(held_out_quality(tiny_llama(), None, PADDED, text_bytes=None)) == set(ALONE)
 
 
 def test_model_agrees_with_itself(tiny_llama):

@@ -29,8 +29,9 @@ def held_out_quality(
         text_bytes: UTF-8 bytes of that text; None when the batches are not all of it.
 
     Returns:
-        `test_nll` (nats a token), `bits_per_byte` (all nats, the end tokens' included, over the
-        bytes of the text), and against the teacher, means over tokens: `kl_to_teacher` = KL(P, Q)
+        `test_nll` (nats a token), `next_token_accuracy` (share of tokens that were the likeliest),
+        `bits_per_byte` (all nats, the end tokens' included, over the bytes of the text), and
+        against the teacher, means over tokens: `kl_to_teacher` = KL(P, Q)
         in nats, `top1_agreement`, and `expected_acceptance` = 1 - TV(P, Q), the probability that
         speculative decoding keeps a token that the model drafts for the teacher.
     """
@@ -45,6 +46,7 @@ def held_out_quality(
         log_q = log_probs(student_logits)
         nll = -log_q.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
         add("test_nll", nll, batch.mask)
+        add("next_token_accuracy", (log_q.argmax(-1) == batch.labels).float(), batch.mask)
         tokens += int(batch.mask.sum())
         if reference is None:
             continue

@@ -22,11 +22,15 @@ TASKS = {
 }
 UNITS = {
     "test_nll": "nats a token",
+    "next_token_accuracy": "share of tokens",
     "bits_per_byte": "bits a byte of text",
     "kl_to_teacher": "nats a token",
     "top1_agreement": "share of tokens",
     "expected_acceptance": "share of tokens",
     "parameters": "count",
+    "parameters_removed": "count",
+    "shared_fraction": "share of layers",
+    "kv_cache_bytes_per_token": "bytes a token",
 }
 # For names that carry their unit, by how they end.
 UNITS_BY_END = {"tokens_per_s": "tokens a second", "_ms": "milliseconds", "_mb": "10⁶ bytes"}
