@@ -8,12 +8,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attention_sharers import CONFIGS, FOLLOWERS, LEADERS, full_model, logits_by_hand, some_ids
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from stillhouse.students.modeling_shared_attention import (
@@ -105,11 +107,11 @@ def test_a_follower_alone_teaches_its_leader(full: Any) -> None:
 
 def test_one_matrix_serves_a_group_and_is_let_go(full: Any) -> None:
     seen: list[tuple[int, Any]] = []
-    places: list[dict[int, Any]] = []
+    places: list[Any] = []
     student = shared(full)
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
-        state, keys = kwargs["shared_attention"][module.leader]
+        state, keys = kwargs["handover"].take(module.leader, False)
         seen.append((module.leader, state))
         A = torch.zeros(2, 4, 11, 11, dtype=torch.float64)
         for i in range(keys):
@@ -118,7 +120,7 @@ def test_one_matrix_serves_a_group_and_is_let_go(full: Any) -> None:
             A[..., i] = follower_attention(state, unit)[..., 0]
         torch.testing.assert_close(A.sum(-1), torch.ones_like(A[..., 0]))
         assert torch.equal(A, A.tril())
-        places.append(kwargs["shared_attention"])
+        places.append(kwargs["handover"])
 
     for layer in FOLLOWERS:
         student.model.layers[layer].self_attn.register_forward_pre_hook(look, with_kwargs=True)
@@ -126,7 +128,7 @@ def test_one_matrix_serves_a_group_and_is_let_go(full: Any) -> None:
         student(some_ids(2, 11))
     assert [leader for leader, _ in seen] == [1, 3, 3]
     assert seen[1][1] is seen[2][1]
-    assert all(place == {} for place in places), "a state outlives its group"
+    assert all(vars(place) == {"_states": {}} for place in places), "a state outlives its group"
 
 
 TEXT: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 1}
@@ -177,6 +179,28 @@ def test_the_cache_holds_no_keys_of_followers(full: Any) -> None:
         held.append(sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)))
         assert cache.get_seq_length() == 3
     assert held[1] / held[0] == 1 - len(FOLLOWERS) / (2 * 6)
+
+
+@pytest.fixture
+def alone_in_a_group() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_layers_may_be_wrapped_one_by_one() -> None:
+    """FSDP2 rebuilds what goes into a layer: a leader must not write into a copy."""
+    student, ids = shared(full_model("llama")), some_ids(2, 11)
+    wanted = student(ids, labels=ids)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for block in student.model.layers:
+        fully_shard(block, mesh=mesh)
+    found = fully_shard(student, mesh=mesh)(ids, labels=ids)
+    torch.testing.assert_close(found.logits, wanted.logits)
+    found.loss.backward()
+    assert all(p.grad is not None for p in student.parameters())
 
 
 def test_a_folder_loads_again(full: Any, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_any_leader_before_a_follower_may_be_given(tmp_path: Path) -> None:
     [
         ([4, 9], "sharing.followers=[4, 9]: there is no layer 9; the model has the layers 0 to 7"),
         ([-1], "sharing.followers=[-1]: there is no layer -1; the model has the layers 0 to 7"),
+        (["a"], "sharing.followers=['a']: expected numbers of layers, counted from 0"),
         ([3, 3], "sharing.followers=[3, 3]: a layer stands twice; expected each once"),
         (
             [0, 3],
@@ -57,7 +58,7 @@ def test_any_leader_before_a_follower_may_be_given(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_followers_that_cannot_be(followers: list[int], message: str) -> None:
+def test_followers_that_cannot_be(followers: Any, message: str) -> None:
     with pytest.raises(UserError) as refused:
         sharing_of(followers, 8, key="sharing.followers")
     assert str(refused.value) == message

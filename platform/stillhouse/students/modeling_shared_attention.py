@@ -126,6 +126,25 @@ class SharedAttentionConfig:
         check_leaders(config.attention_leaders, getattr(config, "layer_types", None))
 
 
+class Handover:
+    """Where leaders leave what followers take, during one forward pass.
+
+    Not a mapping: wrappers of modules (FSDP2, accelerate) rebuild those on their way into a layer,
+    and a leader would write into a copy.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, tuple[Any, int]] = {}
+
+    def put(self, leader: int, state: Any, keys: int) -> None:
+        """Leave a leader's state and the number of its keys."""
+        self._states[leader] = (state, keys)
+
+    def take(self, leader: int, last: bool) -> tuple[Any, int]:
+        """Return what a leader left; the last follower lets go of it, for a state may hold A."""
+        return self._states.pop(leader) if last else self._states[leader]
+
+
 class Leader:
     """Attention that hands its matrix on; in front of a family's own attention class."""
 
@@ -137,7 +156,7 @@ class Leader:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Return [B, N, D]; leave (state, number of keys) in `shared_attention`."""
+        """Return [B, N, D]; leave the matrix in `kwargs["handover"]`."""
         heads = (-1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states).unflatten(-1, heads) for project in projections)
@@ -155,7 +174,7 @@ class Leader:
         elif mask is not None and mask.dtype != torch.bool:
             mask = mask == 0  # the additive mask of eager attention
         out, state = leader_attention(q, k, v, mask=mask, causal=mask is None, scale=self.scaling)
-        kwargs["shared_attention"][self.layer_idx] = (state, k.shape[2])
+        kwargs["handover"].put(self.layer_idx, state, k.shape[2])
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
@@ -179,17 +198,15 @@ class Follower(nn.Module):
         hidden_states: Tensor,
         past_key_values: Any = None,
         *,
-        shared_attention: dict[int, Any],
+        handover: Handover,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Return [B, N, D], with what the leader left in `shared_attention`."""
+        """Return [B, N, D], with the matrix that the leader left."""
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if past_key_values is not None:
             # The cache counts its tokens by its keys: the values stand there, and nothing behind.
             v, _ = past_key_values.update(v, v[..., :0], self.layer_idx)
-        # A state may hold A: it is let go of when its group ends.
-        take = shared_attention.pop if self.last else shared_attention.__getitem__
-        state, keys = take(self.leader)
+        state, keys = handover.take(self.leader, self.last)
         out = follower_attention(state, v[:, :, :keys])
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
@@ -216,8 +233,8 @@ class SharedAttentionModel:
         body.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body, with a place where leaders leave what followers take."""
-        return super().forward(*args, shared_attention={}, **kwargs)  # type: ignore[misc]
+        """Run the body, its layers handing matrices over."""
+        return super().forward(*args, handover=Handover(), **kwargs)  # type: ignore[misc]
 
 
 class SharedAttentionForCausalLM:

@@ -51,10 +51,12 @@ def sharing_of(followers: Sequence[int], layers: int, *, key: str) -> Sharing:
         key: what the user set, for messages.
 
     Raises:
-        UserError: for a layer that is not there or stands twice, and for layer 0, which has no
-            layer before it.
+        UserError: for what is no number, a layer that is not there or stands twice, and for layer
+            0, which has no layer before it.
     """
     chosen = tuple(followers)
+    if not all(isinstance(layer, int) for layer in chosen):
+        raise UserError(f"{key}={list(chosen)}: expected numbers of layers, counted from 0")
     wrong = [layer for layer in chosen if not 0 <= layer < layers]
     if wrong:
         raise UserError(
