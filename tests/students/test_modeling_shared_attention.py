@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from attention_sharers import CONFIGS, FOLLOWERS, LEADERS, full_model, logits_by_hand, some_ids
+from commands import ROOT
+from omegaconf import OmegaConf
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -152,15 +154,13 @@ def test_text_with_a_cache_is_that_without(full: Any, options: dict[str, Any]) -
     assert len(cached[0].unique()) > 4, "a text that repeats one token shows nothing"
 
 
-# With left padding transformers' own sliding window is not that of the sequence alone.
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_padding_does_not_change_the_text(
     family: str, implementation: str, use_cache: bool
 ) -> None:
-    window = {} if family == "llama" else {"use_sliding_window": False, "layer_types": None}
-    student = shared(full_model(family, **window))
+    student = shared(full_model(family))
     student.set_attn_implementation(implementation)
     ids = some_ids(2, 9)
     attention_mask = torch.ones_like(ids)
@@ -249,9 +249,10 @@ def test_a_folder_loads_where_this_project_is_not(
     assert torch.equal(text, student.generate(ids, **TEXT))
 
 
-# d (d + d_kv) weights a follower: 23, 41 and 77 % of TinyLlama's 22 layers.
-@pytest.mark.parametrize(("followers", "removed"), [(5, 23.6e6), (9, 42.5e6), (17, 80.2e6)])
-def test_parameters_removed_from_tinyllama(followers: int, removed: float) -> None:
+# d (d + d_kv) weights a follower.
+@pytest.mark.parametrize(("percent", "removed"), [(23, 23.6e6), (41, 42.5e6), (77, 80.2e6)])
+def test_parameters_removed_from_tinyllama(percent: int, removed: float) -> None:
+    followers = OmegaConf.load(ROOT / f"conf/sharing/tinyllama_{percent}.yaml").followers
     shape = LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,
@@ -259,7 +260,7 @@ def test_parameters_removed_from_tinyllama(followers: int, removed: float) -> No
         num_attention_heads=32,
         num_key_value_heads=4,
     ).to_dict()
-    leaders = list(sharing_of(range(1, followers + 1), 22, key="f").leaders)
+    leaders = list(sharing_of(followers, 22, key="f").leaders)
     del shape["model_type"]
     with torch.device("meta"):
         counts = [
@@ -270,7 +271,7 @@ def test_parameters_removed_from_tinyllama(followers: int, removed: float) -> No
             )
         ]
     assert counts[0] == 1_100_048_384
-    assert counts[0] - counts[1] == followers * 4_718_592
+    assert counts[0] - counts[1] == len(followers) * 4_718_592
     assert round(counts[0] - counts[1], -5) == removed
 
 

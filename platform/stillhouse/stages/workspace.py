@@ -23,12 +23,18 @@ _reference: ContextVar[Callable[[str], str]] = ContextVar("artifact reference")
 
 
 def register_resolvers() -> None:
-    """Make `${artifact:<stage>}` known to OmegaConf."""
+    """Make `${artifact:<stage>}` and `${steps:<factor>,<steps>}` known to OmegaConf."""
     OmegaConf.register_new_resolver("artifact", _resolve_artifact, replace=True)
+    OmegaConf.register_new_resolver("steps", _part_of_steps, replace=True)
 
 
 def _resolve_artifact(stage: str) -> str:
     return _reference.get(_relative_path)(stage)
+
+
+def _part_of_steps(factor: float, steps: int) -> int:
+    """Return a budget that follows another one, to the nearest step and one at least."""
+    return max(1, round(factor * steps))
 
 
 def _relative_path(stage: str) -> str:

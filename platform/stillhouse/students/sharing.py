@@ -55,7 +55,7 @@ def sharing_of(followers: Sequence[int], layers: int, *, key: str) -> Sharing:
             0, which has no layer before it.
     """
     chosen = tuple(followers)
-    if not all(isinstance(layer, int) for layer in chosen):
+    if not all(type(layer) is int for layer in chosen):
         raise UserError(f"{key}={list(chosen)}: expected numbers of layers, counted from 0")
     wrong = [layer for layer in chosen if not 0 <= layer < layers]
     if wrong:
