@@ -55,7 +55,9 @@ def test_every_target_is_bound_and_every_parameter_listed(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RUNNABLE)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
+)
 def test_a_recipe_takes_two_steps_and_exports(capfd, here: Path, recipe: str, precision) -> None:
     done = run_here(capfd, *TINY, f"experiment={recipe}", f"trainer.precision={precision}")
     assert done.code == 0, done.err

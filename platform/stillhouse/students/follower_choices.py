@@ -76,7 +76,8 @@ def given(similarity: Similarity, *, followers: list[int]) -> Sequence[int]:
 def random_layers(similarity: Similarity, *, seed: int, like_path: str) -> Sequence[int]:
     """Draw as many followers as another choice has: the baseline that a similarity must beat.
 
-    Every layer but the first is as likely as any other.
+    Every set of layers without the first is as likely as any other, but for the set that the other
+    choice is: that one is drawn only where there is no further one.
 
     Args:
         similarity: of the model's layers; only their number counts here.
@@ -93,8 +94,11 @@ def random_layers(similarity: Similarity, *, seed: int, like_path: str) -> Seque
             f"{similarity.layers}; expected a choice for the same model"
         )
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(similarity.layers - 1, generator=generator) + 1
-    return drawn[: len(like.order)].tolist()
+    count, candidates = len(like.order), similarity.layers - 1
+    while True:
+        drawn = (torch.randperm(candidates, generator=generator)[:count] + 1).tolist()
+        if set(drawn) != set(like.order) or count in (0, candidates):
+            return drawn
 
 
 def _by_score(layers: Sequence[int], similarity: Similarity) -> list[int]:
