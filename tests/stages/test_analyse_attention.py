@@ -180,12 +180,12 @@ def test_no_analysis_to_read(tmp_path, stage_context):
     )
 
 
-@pytest.mark.parametrize("sharing", ["most_similar", "largest_gap", "given", "random"])
+@pytest.mark.parametrize("sharing", sorted(p.stem for p in (ROOT / "conf/sharing").glob("*.yaml")))
 def test_the_yaml_files_bind_and_list_every_parameter(sharing):
     register_schemas()
     register_resolvers()
     added = ["+stage@stages.analyse=analyse_attention", "+stage@stages.sharing=choose_followers"]
-    added += ["stages.sharing.choose=${sharing}"]
+    added += ["stages.sharing.choose=${sharing}", "student=shared_attention"]
     chosen = [f"sharing={sharing}", *(["sharing.followers=[1]"] if sharing == "given" else [])]
     config = preflight.compose_job(["experiment=word_kd", *added, *chosen], ROOT / "conf")
     OmegaConf.to_container(config, resolve=True)
