@@ -15,7 +15,7 @@ Where `stillhouse_kernels` is installed, its kernels are used; elsewhere A is a 
 Shape legend: B batch, h heads, N queries, M keys, d head width, D width of the hidden states.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +108,8 @@ class SharedAttentionConfig:
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # type: ignore[misc]
-        config: Any = self
+        family, config = cast(Any, super()), cast(Any, self)
+        family.__post_init__(**kwargs)
         if config.attention_leaders is None:
             config.attention_leaders = list(range(config.num_hidden_layers))
         named = len(config.attention_leaders)
@@ -221,8 +221,8 @@ class SharedAttentionModel:
     leader_class: Any
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        body: Any = self
+        family, body = cast(Any, super()), cast(Any, self)
+        family.__init__(config)
         last_of = {leader: layer for layer, leader in enumerate(config.attention_leaders)}
         for layer, leader in enumerate(config.attention_leaders):
             block = body.layers[layer]
@@ -234,7 +234,7 @@ class SharedAttentionModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body, its layers handing matrices over."""
-        return super().forward(*args, handover=Handover(), **kwargs)  # type: ignore[misc]
+        return cast(Any, super()).forward(*args, handover=Handover(), **kwargs)
 
 
 class SharedAttentionForCausalLM:
