@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from stillhouse.records.language import LanguageOutput, LanguageSignal, Sequence
 from stillhouse.records.losses import LossTerms
 from stillhouse.stages import ranks
 from stillhouse.stages.stage import StageContext, StageResult
+from stillhouse.students.shared_attention import share_attention
+from stillhouse.students.sharing import sharing_of
 from stillhouse.teachers.live import LiveTeacher
 
 # As unequal over two ranks as within one.
@@ -47,6 +50,27 @@ def tiny_gpt2(seed: int) -> Any:
     return GPT2LMHeadModel(config).double()
 
 
+def tiny_sharer(seed: int) -> Any:
+    """Return a random Llama in float64, two of its three blocks with the first one's attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=23,
+        max_position_embeddings=16,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    full = LlamaForCausalLM(config).double()
+    return share_attention(full, sharing_of([1, 2], 3, key="followers"), where="").double()
+
+
 def batch_of(document: list[int]) -> SequenceBatch:
     """Return a document and its end as a batch of one row."""
     ids, labels = torch.tensor([document]), torch.tensor([[*document[1:], 0]])
@@ -64,10 +88,12 @@ class OneStep:
 
     Attributes:
         devices: ranks that share the documents.
+        student: makes it from a seed.
         fault: what goes wrong on rank 1, if anything.
     """
 
     devices: int = 2
+    student: Callable[[int], Any] = tiny_gpt2
     fault: Literal["at the start", "diverged", "killed", "a fault of ours"] | None = None
 
     def __call__(self, context: StageContext) -> StageResult:
@@ -75,7 +101,7 @@ class OneStep:
         if self.fault == "at the start" and rank() == 1:
             raise TrainingDiverged("it never began")
         teacher = LiveTeacher(tiny_gpt2(2))
-        module = SequenceDistiller(tiny_gpt2(1), teacher, self._method, plain_sgd).train()
+        module = SequenceDistiller(self.student(1), teacher, self._method, plain_sgd).train()
         before = [p.detach().clone() for p in module.student.parameters()]
         trainer = bare_trainer(
             context.scratch,

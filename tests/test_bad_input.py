@@ -10,6 +10,7 @@ from commands import ROOT, TINY, Finished, only_run, run_here, run_process
 from filelock import FileLock
 
 RECIPES = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml"))
+METHODS = sorted(p.stem for p in (ROOT / "conf/method").glob("*.yaml"))
 KEYS_OF_WORD_KD = (
     "divergence, beta, alpha, temperature, scale_by_temperature_squared, cross_entropy_weight"
 )
@@ -31,6 +32,15 @@ KEYS_OF_WORD_KD = (
         (
             ["method.temprature=2"],
             "method.temprature: the config has no such key; did you mean 'method.temperature'?",
+        ),
+        (
+            ["method=null"],
+            f"method=null: a group takes the name of an option; expected {', '.join(METHODS)}",
+        ),
+        (
+            ["experiment=echoatt", "teacher.layers=[3]"],
+            "teacher.layers: the recipe has settings there, which a list does not replace; take "
+            "them out first: '~teacher.layers' '+teacher.layers=[3]'",
         ),
         (
             ["metod=sft"],

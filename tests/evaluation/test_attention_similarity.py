@@ -94,6 +94,7 @@ def test_it_is_the_mean_cosine_of_eager_matrices(family, chunk, monkeypatch):
     means = [sum(row) / 3 for row in others]
     assert similarity.scores == pytest.approx(means, abs=tolerance)
     assert (similarity.layers, similarity.windows, similarity.tokens) == (4, 3, 29)
+    assert (similarity.layer_types is None) == (family != "qwen2"), "one kind only"
 
 
 def test_its_diagonal_is_1_it_is_symmetric_and_in_bounds():
@@ -197,13 +198,16 @@ def test_one_layer_is_refused():
 
 
 def test_written_and_read(tmp_path: Path):
-    similarity = attention_similarity(make(CONFIGS["llama"]), samples(8), where=WHERE)
+    similarity = attention_similarity(make(CONFIGS["qwen2"]), samples(8), where=WHERE)
     write_similarity(similarity, tmp_path)
     again = read_similarity(str(tmp_path), key="stages.sharing.analysis_path")
     assert torch.equal(again.matrix, similarity.matrix)
     assert (again.windows, again.tokens, again.scores) == (1, 8, similarity.scores)
+    assert again.layer_types == ("full_attention",) * 2 + ("sliding_attention",) * 2
     content = json.loads((tmp_path / "similarity.json").read_text())
-    assert set(content) == {"layers", "windows", "tokens", "similarity", "scores", "cut"}
+    assert set(content) == {
+        *("layers", "windows", "tokens", "layer_types", "similarity", "scores", "cut")
+    }
     assert content["cut"] == similarity.cut
 
 
@@ -228,6 +232,11 @@ def test_the_cut_lies_in_the_largest_gap(scores, cut, monkeypatch):
             '{"similarity": [[1.0, 0.5]], "windows": 1, "tokens": 8}',
             "similarity.json holds a similarity of the shape [1, 2]; expected [layers, layers], of "
             "two layers or more; run the stage `analyse` anew",
+        ),
+        (
+            '{"similarity": [[1.0, 0.5], [0.5, 1.0]], "windows": 1, "tokens": 8, '
+            '"layer_types": ["full_attention"]}',
+            "similarity.json names 1 layer_types of 2 layers; run the stage `analyse` anew",
         ),
     ],
 )

@@ -81,8 +81,8 @@ def test_the_card_holds_the_runs_numbers_and_where_the_model_comes_from(
     assert all(row[0] for row in table.values()), "a metric without a unit"
     for line in (
         "- stages: `tokenizer` → `teacher` → `distil`; `distil` made it",
-        "- steps: 2",
-        f"- tokens seen: {results['stages']['distil']['metrics']['tokens_seen']}",
+        "    - steps: 2",
+        f"    - tokens seen: {results['stages']['distil']['metrics']['tokens_seen']}",
         "- command: `python run.py debug=tiny tracking=csv paths.outputs=outputs "
         "experiment=word_kd`",
         "- made by the run's own stage `teacher`, 25,120 parameters",

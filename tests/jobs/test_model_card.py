@@ -11,7 +11,7 @@ from stillhouse.jobs.finished_run import FinishedRun
 from stillhouse.jobs.model_card import front_matter, model_card
 from stillhouse.jobs.origins import GENERATE, Origins, Source, origins_of
 
-NOTHING = Origins("train", ["train"], [], [], [], {})
+NOTHING = Origins("train", ["train"], ["train"], [], [], [], {})
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,42 @@ def test_data_without_a_licence_is_for_you_to_find_out(tmp_path: Path) -> None:
     assert "- data: Theirs, CC0-1.0" in known
     assert "Mine" not in known
     assert "- data: Mine. Its licence was not given." in to_check
+
+
+def test_every_stage_that_trained_the_weights_is_told(tmp_path: Path) -> None:
+    sft = {"_target_": "x.sft"}
+    stages = {
+        "teacher": {"method": sft, "student": {"_target_": "x.llama"}},
+        "other": {"method": sft, "student": {"_target_": "x.llama"}},
+        "cut": {
+            "method": {"_target_": "x.echoatt", "soft_weight": 0.25},
+            "teacher": {"path": "stages/other"},
+            "student": {"_target_": "x.shared", "path": "stages/teacher"},
+        },
+        "train": {"method": sft, "student": {"_target_": "x.hf", "path": "stages/cut"}},
+    }
+    found = origins(tmp_path, stages, "train")
+    assert found.weights == ["teacher", "cut", "train"]
+    metrics = {"steps": 160, "tokens_seen": 4096, "train_loss": 1.0}
+    results = {"models": {"student": {"decode_speedup_n512": 1.5}}}
+    results |= {"seed": 0, "git": None, "overrides": [], "stages": {"cut": {"metrics": metrics}}}
+    card = model_card(
+        FinishedRun(tmp_path, {"recipe": "r", "summary": "s", "stages": stages}, results),
+        "student",
+        found,
+        architecture={},
+        licence=None,
+    )
+    assert "- its weights were trained by `teacher`, then `cut`, then `train`" in card
+    assert (
+        "- `cut`\n"
+        "    - method: `x.echoatt` with soft_weight=0.25\n"
+        "    - student: `x.shared` with path=stages/teacher\n"
+        "    - steps: 160\n"
+        "    - tokens seen: 4,096\n"
+        "- `train`\n"
+    ) in card
+    assert "| decode_speedup_n512 | times as fast as the reference | 1.5 |" in card
 
 
 def test_what_was_synthetic_is_said(tmp_path: Path) -> None:

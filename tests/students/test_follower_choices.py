@@ -13,9 +13,10 @@ from stillhouse.students.follower_choices import given, largest_gap, most_simila
 from stillhouse.students.sharing import sharing_of, write_sharing
 
 
-def scored(*scores: float) -> Any:
-    """Return a similarity with these scores."""
-    similarity = Similarity(torch.eye(len(scores), dtype=torch.float64), 1, 8)
+def scored(*scores: float, kinds: str | None = None) -> Any:
+    """Return a similarity with these scores, of layers of these kinds."""
+    layer_types = None if kinds is None else tuple(kinds)
+    similarity = Similarity(torch.eye(len(scores), dtype=torch.float64), 1, 8, layer_types)
     similarity.__dict__["scores"] = list(scores)
     return similarity
 
@@ -91,6 +92,25 @@ def test_the_run_above_the_largest_gap_shares(scores, group_size, leaders):
 
 def test_followers_above_the_gap_come_the_most_similar_first():
     assert largest_gap(scored(0.1, 0.9, 0.7, 0.9, 0.8, 0.1), group_size=None) == [3, 4, 2]
+
+
+def test_the_first_layer_of_a_kind_is_never_chosen(tmp_path: Path):
+    """s: a sliding window, f: full attention."""
+    similarity = scored(0.9, 0.8, 0.7, 0.6, 0.5, kinds="sfsff")
+    assert most_similar(similarity, fraction=0.8) == [2, 3, 4]
+    like_path = choice(tmp_path, [2, 4], 5)
+    draws = [random_layers(similarity, seed=seed, like_path=like_path) for seed in range(50)]
+    assert {tuple(sorted(drawn)) for drawn in draws} == {(2, 3), (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("group_size", "leaders"), [(None, [0, 1, 2, 1, 2, 1, 2]), (3, [0, 1, 2, 1, 4, 5, 4])]
+)
+def test_a_run_of_several_kinds_has_a_leader_of_each_in_every_group(group_size, leaders):
+    similarity = scored(0.1, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, kinds="ffsfsfs")
+    followers = largest_gap(similarity, group_size=group_size)
+    sharing = sharing_of(followers, 7, key="sharing", layer_types=similarity.layer_types)
+    assert sharing.leaders == tuple(leaders)
 
 
 @pytest.mark.parametrize("group_size", [1, 0, -2])

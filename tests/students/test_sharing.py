@@ -64,6 +64,18 @@ def test_followers_that_cannot_be(followers: Any, message: str) -> None:
     assert str(refused.value) == message
 
 
+def test_a_leader_is_the_nearest_of_its_kind():
+    kinds = ["full_attention", "sliding_attention"] * 3
+    sharing = sharing_of([2, 3, 5], 6, key="followers", layer_types=kinds)
+    assert sharing.groups == {0: [2], 1: [3, 5]}
+    with pytest.raises(UserError) as refused:
+        sharing_of([1, 2], 6, key="sharing.followers", layer_types=kinds)
+    assert str(refused.value) == (
+        "sharing.followers=[1, 2]: layer 1 (sliding_attention) cannot be a follower, no layer of "
+        "its kind before it computes a matrix; leave it out"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

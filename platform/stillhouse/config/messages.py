@@ -45,6 +45,12 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
         return _unknown_key(key or "", argv, conf)
     if "Could not override" in str(error) and "No match in the defaults list" in str(error):
         return _unknown_group(str(error), argv, conf)
+    if "Cannot merge DictConfig with ListConfig" in text:
+        given = next(o for o in overrides_of(argv) if o.startswith(f"{key}="))
+        return (
+            f"{key}: the recipe has settings there, which a list does not replace; take them out "
+            f"first: '~{key}' '+{given}'"
+        )
     return f"{key}: {text}" if key and key not in text else text
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stillhouse.config import overlay
-from stillhouse.config.arguments import option, overrides_of, split
+from stillhouse.config.arguments import groups, option, overrides_of, split
 from stillhouse.config.essence import explain_differences
 from stillhouse.errors import UserError
 from stillhouse.files import CONFIG
@@ -40,7 +40,7 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     options, overrides = split(argv)
     # argparse takes overrides in one stretch only; a user may write them anywhere.
     argv = [*options, *overrides]
-    _refuse_what_is_no_override(overrides)
+    _refuse_what_is_no_override(overrides, conf)
     job = option(argv, "--config-name", "-cn") or "run"
     if job != "run":
         return _prepare_reading(job, options, overrides, conf)
@@ -70,13 +70,20 @@ def _prepare_reading(job: str, options: list[str], overrides: list[str], conf: P
     return [*options, *(re.sub(r"^(settings|data|models)\.", r"++\1.", o) for o in quoted)]
 
 
-def _refuse_what_is_no_override(overrides: list[str]) -> None:
+def _refuse_what_is_no_override(overrides: list[str], conf: Path) -> None:
+    known = groups(conf)
     for override in overrides:
         # Only a deletion, `~key`, goes without a value.
         if not re.match(r"^([+~]{0,2}[A-Za-z_][\w./@:-]*=|~[A-Za-z_][\w./@:-]*$)", override):
             raise UserError(
                 f"the argument {override!r} is not of the form key=value; quote values with spaces "
                 "or commas as a whole: 'key=[a,b]'"
+            )
+        group, _, choice = override.partition("=")
+        if group in known and choice in ("", "null"):
+            raise UserError(
+                f"{override}: a group takes the name of an option; expected "
+                f"{', '.join(known[group])}"
             )
 
 

@@ -117,7 +117,9 @@ def attention_similarity(
         count, tokens = count + 1, tokens + len(ids)
     assert count, "no samples"
     matrix = (total + total.mT) / (2 * count)
-    return Similarity(matrix.fill_diagonal_(1.0), count, tokens)
+    kinds = getattr(model.config, "layer_types", None)
+    kinds = tuple(kinds) if kinds and len(set(kinds)) > 1 else None
+    return Similarity(matrix.fill_diagonal_(1.0), count, tokens, kinds)
 
 
 def _record(model: PreTrainedModel, ids: Tensor, where: str) -> list[_Layer]:

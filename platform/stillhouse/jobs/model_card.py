@@ -32,8 +32,13 @@ UNITS = {
     "shared_fraction": "share of layers",
     "kv_cache_bytes_per_token": "bytes a token",
 }
-# For names that carry their unit, by how they end.
-UNITS_BY_END = {"tokens_per_s": "tokens a second", "_ms": "milliseconds", "_mb": "10⁶ bytes"}
+# For names that carry their unit, by a part of theirs.
+UNITS_BY_PART = {
+    "tokens_per_s": "tokens a second",
+    "_ms": "milliseconds",
+    "_mb": "10⁶ bytes",
+    "_speedup_n": "times as fast as the reference",
+}
 
 
 def model_card(
@@ -127,24 +132,28 @@ def _numbers(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _unit(metric: str) -> str:
-    by_end = (unit for end, unit in UNITS_BY_END.items() if metric.endswith(end))
-    return UNITS.get(metric) or next(by_end, "")
+    by_part = (unit for part, unit in UNITS_BY_PART.items() if part in metric)
+    return UNITS.get(metric) or next(by_part, "")
 
 
 def _training(run: FinishedRun, origins: Origins) -> Iterator[str]:
-    """Yield how the stage that made the model went about it."""
-    node = run.stages[origins.stage]
+    """Yield what the weights went through, and how each stage of it went about it."""
     yield f"- stages: {' → '.join(f'`{s}`' for s in origins.stages)}; `{origins.stage}` made it"
-    for part in ("method", "student", "optimizer"):
-        if node.get(part):
-            yield f"- {part}: {_described(node[part])}"
+    passed = [stage for stage in origins.weights if run.stages[stage].get("method")]
+    if len(passed) > 1:
+        yield f"- its weights were trained by {', then '.join(f'`{s}`' for s in passed)}"
+    for stage in passed:
+        yield f"- `{stage}`"
+        for part in ("method", "student", "optimizer"):
+            if run.stages[stage].get(part):
+                yield f"    - {part}: {_described(run.stages[stage][part])}"
+        metrics = run.results["stages"].get(stage, {}).get("metrics", {})
+        for name, value in metrics.items():
+            if name == "steps" or name.endswith("_seen"):
+                yield f"    - {name.replace('_', ' ')}: {format_number(value)}"
     if origins.synthetic:
         names = ", ".join(f"`{s}`" for s in origins.synthetic)
         yield f"- for tests alone: random content stood in for what {names} would have fetched"
-    metrics = run.results["stages"].get(origins.stage, {}).get("metrics", {})
-    for name, value in metrics.items():
-        if name == "steps" or name.endswith("_seen"):
-            yield f"- {name.replace('_', ' ')}: {format_number(value)}"
     git = run.results["git"]
     changed = " and changes that were not committed" if git and git.endswith("+") else ""
     yield (

@@ -38,6 +38,7 @@ class Origins:
     Attributes:
         stage: the stage that made it.
         stages: that one and every stage that it needed, in their order.
+        weights: those of them that its weights went through, the first first.
         synthetic: those of them that made random content in place of what they name.
         sources: models of these stages and from outside, each once.
         corpora: the data of all these stages.
@@ -46,6 +47,7 @@ class Origins:
 
     stage: str
     stages: Sequence[str]
+    weights: Sequence[str]
     synthetic: Sequence[str]
     sources: Sequence[Source]
     corpora: Sequence[Corpus]
@@ -76,6 +78,7 @@ def origins_of(run: FinishedRun, stage: str) -> Origins:
     return Origins(
         stage=stage,
         stages=behind,
+        weights=_stages_of_the_weights(run, stage),
         synthetic=[name for name in behind if run.stages[name].get("synthetic")],
         sources=list(sources.values()),
         corpora=_corpora(run, nodes),
@@ -102,6 +105,14 @@ def _sources(run: FinishedRun, nodes: Sequence[Mapping[str, Any]]) -> Iterator[S
     for node in nodes:
         found = (s for s in _models(run, "tokenizer", [node], "tokenizer_path"))
         yield from (source for source in found if source.kind != "stage")
+
+
+def _stages_of_the_weights(run: FinishedRun, stage: str) -> list[str]:
+    """Return the stages whose student began with the weights of the one before, first to last."""
+    student = run.stages[stage].get("student")
+    found = _models(run, "initial weights", [student], "path")
+    before = next((source.name for source in found if source.kind == "stage"), None)
+    return [*(_stages_of_the_weights(run, before) if before else []), stage]
 
 
 def _models(run: FinishedRun, what: Any, nodes: Sequence[Any], wanted: str) -> Iterator[Source]:

@@ -1,6 +1,7 @@
 """How alike the layers of a model attend, as a record and a JSON artifact."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,16 +25,24 @@ class Similarity:
         matrix: [L, L], sim(i, j); symmetric, its diagonal 1.
         windows: samples that it is the mean over.
         tokens: in all of these.
+        layer_types: the kind of every layer as the model's config has it, `sliding_attention` say;
+            None where all are of one kind.
     """
 
     matrix: Float[Tensor, "L L"]
     windows: int
     tokens: int
+    layer_types: tuple[str, ...] | None = None
 
     @property
     def layers(self) -> int:
         """L."""
         return len(self.matrix)
+
+    def with_one_before(self, run: Sequence[int]) -> list[int]:
+        """Return the layers of a run that have one of their kind before them in it."""
+        kinds = [self.layer_types[layer] if self.layer_types else "" for layer in run]
+        return [layer for place, layer in enumerate(run) if kinds[place] in kinds[:place]]
 
     @cached_property
     def scores(self) -> list[float]:
@@ -60,6 +69,7 @@ def write_similarity(similarity: Similarity, folder: Path) -> None:
         "layers": similarity.layers,
         "windows": similarity.windows,
         "tokens": similarity.tokens,
+        "layer_types": similarity.layer_types,
         "similarity": similarity.matrix.tolist(),
         "scores": similarity.scores,
         "cut": similarity.cut,
@@ -81,7 +91,8 @@ def read_similarity(path: str, *, key: str) -> Similarity:
         content = json.loads((Path(path) / SIMILARITY).read_text())
         matrix = torch.tensor(content["similarity"], dtype=torch.float64)
         windows, tokens = int(content["windows"]), int(content["tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kinds = tuple(map(str, content.get("layer_types") or ())) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{key}={path}: no similarity of layers can be read from {SIMILARITY}; expected what "
             "the stage `analyse` wrote"
@@ -91,4 +102,9 @@ def read_similarity(path: str, *, key: str) -> Similarity:
             f"{key}={path}: {SIMILARITY} holds a similarity of the shape {list(matrix.shape)}; "
             "expected [layers, layers], of two layers or more; run the stage `analyse` anew"
         )
-    return Similarity(matrix, windows, tokens)
+    if kinds is not None and len(kinds) != len(matrix):
+        raise UserError(
+            f"{key}={path}: {SIMILARITY} names {len(kinds)} layer_types of {len(matrix)} layers; "
+            "run the stage `analyse` anew"
+        )
+    return Similarity(matrix, windows, tokens, kinds)

@@ -27,7 +27,12 @@ class ChooseFollowers:
         """Choose; write `sharing.json` and `sharing.png`."""
         similarity = read_similarity(self.analysis_path, key=f"stages.{context.name}.analysis_path")
         followers = instantiate(self.choose)(similarity)
-        sharing = sharing_of(followers, similarity.layers, key="sharing.followers")
+        sharing = sharing_of(
+            followers,
+            similarity.layers,
+            key="sharing.followers",
+            layer_types=similarity.layer_types,
+        )
         write_sharing(sharing, context.output)
         picture = draw_similarity(
             similarity.matrix.tolist(),

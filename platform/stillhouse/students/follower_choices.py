@@ -1,8 +1,9 @@
 """Which layers take another's attention matrix, by how alike the layers attend (EchoAtt).
 
 Siblings with one signature: from the similarity of a model's layers to the followers, in the order
-in which they are chosen. Who leads them is `sharing_of`'s to say: the nearest layer before that is
-no follower. Layers are counted from 0.
+in which they are chosen. Who leads them is `sharing_of`'s to say: the nearest layer of their kind
+before them that is no follower. So layer 0 and the first layer of each further kind are never
+chosen. Layers are counted from 0.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ def most_similar(similarity: Similarity, *, fraction: float) -> Sequence[int]:
     Args:
         similarity: of the model's layers.
         fraction: of the layers, rounded to the nearest number of them and halves up, but at most
-            all save layer 0, which is never chosen. At 22 layers 0.23, 0.41 and 0.77 are 5, 9 and
+            all that may follow. At 22 layers 0.23, 0.41 and 0.77 are 5, 9 and
             17, as in the paper.
 
     Raises:
@@ -33,7 +34,7 @@ def most_similar(similarity: Similarity, *, fraction: float) -> Sequence[int]:
         )
     # The product of two decimals may lie a hair below the half that it stands for.
     count = int(round(fraction * similarity.layers, 9) + 0.5)
-    return _by_score(range(1, similarity.layers), similarity)[:count]
+    return _by_score(_may_follow(similarity), similarity)[:count]
 
 
 def largest_gap(similarity: Similarity, *, group_size: int | None) -> Sequence[int]:
@@ -42,13 +43,13 @@ def largest_gap(similarity: Similarity, *, group_size: int | None) -> Sequence[i
     The paper wants the layers that share nothing to be first and last ones, and does not say what
     happens when the gap leaves out another. Here the longest run of consecutive layers above the
     cut is kept, the first of equally long ones; every layer outside of it shares nothing. Where
-    all scores are equal, nothing lies below and the run is the whole model. Layer 0, where it is
-    in the run, leads. Followers come in the order of their scores, the most similar first.
+    all scores are equal, nothing lies below and the run is the whole model. Followers come in the
+    order of their scores, the most similar first.
 
     Args:
         similarity: of the model's layers.
-        group_size: layers of the run that share one matrix, the first of each group leading; the
-            last group may be smaller. null makes one group of the run.
+        group_size: layers of the run that share one matrix, the first of each group (of each kind
+            of layer in it) leading; the last group may be smaller. null makes one group of the run.
 
     Raises:
         UserError: for a group of less than two layers.
@@ -60,7 +61,9 @@ def largest_gap(similarity: Similarity, *, group_size: int | None) -> Sequence[i
         )
     run = _longest_run_above(similarity.cut, similarity.scores)
     size = group_size or len(run)
-    return _by_score([layer for place, layer in enumerate(run) if place % size], similarity)
+    groups = [run[start : start + size] for start in range(0, len(run), size)]
+    followers = [layer for group in groups for layer in similarity.with_one_before(group)]
+    return _by_score(followers, similarity)
 
 
 def given(similarity: Similarity, *, followers: list[int]) -> Sequence[int]:
@@ -76,11 +79,11 @@ def given(similarity: Similarity, *, followers: list[int]) -> Sequence[int]:
 def random_layers(similarity: Similarity, *, seed: int, like_path: str) -> Sequence[int]:
     """Draw as many followers as another choice has: the baseline that a similarity must beat.
 
-    Every set of layers without the first is as likely as any other, but for the set that the other
+    Every set of layers that may follow is as likely as any other, but for the set that the other
     choice is: that one is drawn only where there is no further one.
 
     Args:
-        similarity: of the model's layers; only their number counts here.
+        similarity: of the model's layers; only their number and kinds count here.
         seed: of the draw, which has a generator of its own.
         like_path: folder of the other choice.
 
@@ -94,11 +97,17 @@ def random_layers(similarity: Similarity, *, seed: int, like_path: str) -> Seque
             f"{similarity.layers}; expected a choice for the same model"
         )
     generator = torch.Generator().manual_seed(seed)
-    count, candidates = len(like.order), similarity.layers - 1
+    count, candidates = len(like.order), _may_follow(similarity)
     while True:
-        drawn = (torch.randperm(candidates, generator=generator)[:count] + 1).tolist()
-        if set(drawn) != set(like.order) or count in (0, candidates):
+        places = torch.randperm(len(candidates), generator=generator)[:count].tolist()
+        drawn = [candidates[place] for place in places]
+        if set(drawn) != set(like.order) or count in (0, len(candidates)):
             return drawn
+
+
+def _may_follow(similarity: Similarity) -> list[int]:
+    """Return the layers that have one of their kind before them."""
+    return similarity.with_one_before(range(similarity.layers))
 
 
 def _by_score(layers: Sequence[int], similarity: Similarity) -> list[int]:

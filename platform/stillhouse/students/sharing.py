@@ -1,7 +1,8 @@
 """Which layers of a student take the attention matrix of which: followers and their leaders.
 
 Layers are counted from 0. A follower takes the matrix of its leader, a layer before it that is no
-follower: the nearest, where only followers are named. A leader and its followers make a group.
+follower: the nearest of its kind, where only followers are named. A leader and its followers make a
+group.
 """
 
 import json
@@ -42,17 +43,21 @@ class Sharing:
         return groups
 
 
-def sharing_of(followers: Sequence[int], layers: int, *, key: str) -> Sharing:
-    """Give every follower its leader.
+def sharing_of(
+    followers: Sequence[int], layers: int, *, key: str, layer_types: Sequence[str] | None = None
+) -> Sharing:
+    """Give every follower its leader, the nearest layer of its kind before it that is no follower.
 
     Args:
         followers: in any order; none shares nothing.
         layers: how many the model has.
         key: what the user set, for messages.
+        layer_types: the kind of every layer, for those of a group must see the same keys; None
+            where all are of one kind.
 
     Raises:
-        UserError: for what is no number, a layer that is not there or stands twice, and for layer
-            0, which has no layer before it.
+        UserError: for what is no number, a layer that is not there or stands twice, for layer 0,
+            which has no layer before it, and for the first layer of a kind.
     """
     chosen = tuple(followers)
     if not all(type(layer) is int for layer in chosen):
@@ -70,9 +75,18 @@ def sharing_of(followers: Sequence[int], layers: int, *, key: str) -> Sharing:
             f"{key}={list(chosen)}: layer 0 cannot be a follower, no layer before it computes a "
             "matrix; leave it out"
         )
+    kinds = layer_types or [""] * layers
     leaders: list[int] = []
-    for layer in range(layers):
-        leaders.append(leaders[-1] if layer in chosen else layer)
+    leader_of_kind: dict[str, int] = {}
+    for layer, kind in enumerate(kinds):
+        if layer not in chosen:
+            leader_of_kind[kind] = layer
+        elif kind not in leader_of_kind:
+            raise UserError(
+                f"{key}={list(chosen)}: layer {layer} ({kind}) cannot be a follower, no layer of "
+                "its kind before it computes a matrix; leave it out"
+            )
+        leaders.append(leader_of_kind[kind])
     return Sharing(tuple(leaders), chosen)
 
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_stages import DOCUMENTS, OneStep, batch_of, plain_sgd, tiny_gpt2
+from rank_stages import DOCUMENTS, OneStep, batch_of, plain_sgd, tiny_gpt2, tiny_sharer
 from rich.console import Console
 
 from stillhouse.errors import TrainingDiverged, UserError
@@ -84,6 +84,18 @@ def test_step_of_two_ranks_with_accumulation_is_that_of_the_mean_over_all_tokens
     update = torch.load(folder / "update_0.pt")
     torch.testing.assert_close(update, expected, rtol=1e-6, atol=1e-9)
     assert alone == pytest.approx(metrics, rel=1e-6)
+
+
+def test_two_ranks_train_a_student_that_shares_attention_as_one_process_does(run):
+    """A leader's query and key get the gradient of its followers on every rank."""
+    folder, metrics = run(OneStep(devices=2, student=tiny_sharer))
+    updates = [torch.load(folder / f"update_{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*updates)
+    folder, alone = run(OneStep(devices=1, student=tiny_sharer))
+    expected = torch.load(folder / "update_0.pt")
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(updates[0], expected, rtol=1e-5, atol=1e-7)
+    assert alone == pytest.approx(metrics, rel=1e-5)
 
 
 def test_checkpoint_of_another_number_of_ranks_is_refused():
