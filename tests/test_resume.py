@@ -69,7 +69,7 @@ def kill_among_shards(arguments: tuple[str, ...], folder: Path, cache: Path) -> 
     ("stage", "arguments"),
     [
         ("cache", ("teacher=cached", "stages.cache.windows_per_shard=20")),
-        (
+        pytest.param(
             "generate",
             (
                 "experiment=sequence_kd",
@@ -77,6 +77,7 @@ def kill_among_shards(arguments: tuple[str, ...], folder: Path, cache: Path) -> 
                 "stages.generate.max_sequences=100",
                 "decoding.max_new_tokens=12",
             ),
+            marks=pytest.mark.slow,
         ),
     ],
 )
