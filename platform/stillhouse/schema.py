@@ -53,6 +53,8 @@ class Recipe:
     teacher: Any = None
     codec: Any = None
     sharing: Any = None
+    pruning: Any = None
+    merging: Any = None
     decoding: Any = None
     student: Any = None
     trainer: Any = None
