@@ -9,7 +9,7 @@ import pytest
 from stillhouse.data.corpora.corpus import Corpus
 from stillhouse.jobs.finished_run import FinishedRun
 from stillhouse.jobs.model_card import front_matter, model_card
-from stillhouse.jobs.origins import GENERATE, Origins, Source, origins_of
+from stillhouse.jobs.origins import GENERATE, REWRITE, Origins, Source, origins_of
 
 NOTHING = Origins("train", ["train"], ["train"], [], [], [], {})
 
@@ -55,12 +55,15 @@ def test_base_models_are_those_of_the_hub(tmp_path: Path) -> None:
     assert front_matter(found, {}, None)["base_model"] == ["org/a", "org/small"]
 
 
-def test_a_teacher_may_teach_by_what_it_writes_and_come_out_of_a_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [GENERATE, REWRITE])
+def test_a_teacher_may_teach_by_what_it_writes_and_come_out_of_a_package(
+    tmp_path: Path, stage: str
+) -> None:
     package = {"name": "words", "version": "1.2", "_target_": "a.pypi"}
     stages = {
         "package": {"package": package, "synthetic": False},
         "teacher": {"package_path": "stages/package"},
-        "generate": {"_target_": GENERATE, "path": "stages/teacher"},
+        "generate": {"_target_": stage, "path": "stages/teacher"},
         "train": {
             "student": {"_target_": "a.b", "path": "stages/teacher"},
             "data": {"generated_path": "stages/generate", "tokenizer_path": "stages/teacher"},
@@ -147,6 +150,51 @@ def test_every_stage_that_trained_the_weights_is_told(tmp_path: Path) -> None:
         "- `train`\n"
     ) in card
     assert "| decode_speedup_n512 | times as fast as the reference | 1.5 |" in card
+
+
+def test_a_merge_comes_from_both_of_its_models(tmp_path: Path) -> None:
+    sft = {"_target_": "x.sft"}
+    slerp = {"_target_": "x.slerp", "weight": 0.5}
+    stages = {
+        "seed": {"method": sft, "student": {"_target_": "x.llama"}},
+        "prune": {"path": "stages/seed"},
+        "one": {"method": sft, "student": {"_target_": "x.lora", "path": "stages/prune"}},
+        "two": {"method": sft, "student": {"_target_": "x.lora", "path": "org/pruned"}},
+        "apart": {"method": sft, "student": {"path": "stages/prune"}},
+        "merge": {"path": "stages/one", "other_path": "stages/two", "merging": slerp},
+        "again": {"path": "stages/merge", "other_path": "org/third", "merging": slerp},
+    }
+    found = origins(tmp_path, stages, "again")
+    assert found.stages == ["seed", "prune", "one", "two", "merge", "again"]
+    assert found.weights == found.stages
+    assert {source.name: source.kind for source in found.sources} == {
+        "seed": "stage",
+        "prune": "stage",
+        "one": "stage",
+        "two": "stage",
+        "merge": "stage",
+        "org/pruned": "hub",
+        "org/third": "hub",
+    }
+    assert front_matter(found, {}, None)["base_model"] == ["org/pruned", "org/third"]
+    results = {"models": {}, "seed": 0, "git": None, "overrides": [], "stages": {}}
+    card = model_card(
+        FinishedRun(tmp_path, {"recipe": "r", "summary": "s", "stages": stages}, results),
+        "merged",
+        found,
+        architecture={},
+        licence=None,
+    )
+    assert "- its weights were trained by `seed`, `one`, `two`\n" in card
+    assert (
+        "- `merge`\n"
+        "    - models: stages/one, stages/two\n"
+        "    - merging: `x.slerp` with weight=0.5\n"
+        "- `again`\n"
+        "    - models: stages/merge, org/third\n"
+    ) in card
+    for name in ("one", "two"):
+        assert f"- initial weights: made by the run's own stage `{name}`" in card
 
 
 def test_what_was_synthetic_is_said(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -233,13 +233,15 @@ def test_indices_that_are_not_there_or_not_rising(data, llama, blocks):
 
 
 def test_a_model_whose_blocks_are_not_known(data, tmp_path, monkeypatch):
-    config = GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    model = save(config, tmp_path / "gpt2", monkeypatch)
+    config = OPTConfig(
+        vocab_size=V, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = save(config, tmp_path / "opt", monkeypatch)
     with pytest.raises(UserError) as refused:
         keep(data, model, 0.5)
     assert str(refused.value) == (
-        f"student.path={model.path}: a model of the type gpt2; blocks can be left out of those of "
-        "the type llama, mistral, qwen2, qwen3"
+        f"student.path={model.path}: a model of the type opt; blocks can be left out of those of "
+        "the type llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt2, gpt_neox"
     )
 
 

@@ -27,6 +27,9 @@ UNITS = {
     "kl_to_teacher": "nats a token",
     "top1_agreement": "share of tokens",
     "expected_acceptance": "share of tokens",
+    "acceptance": "share of tested tokens",
+    "block_efficiency": "tokens a pass of the target",
+    "speculative_speedup": "times as fast as the target alone",
     "parameters": "count",
     "parameters_removed": "count",
     "shared_fraction": "share of layers",
@@ -139,14 +142,20 @@ def _unit(metric: str) -> str:
 def _training(run: FinishedRun, origins: Origins) -> Iterator[str]:
     """Yield what the weights went through, and how each stage of it went about it."""
     yield f"- stages: {' → '.join(f'`{s}`' for s in origins.stages)}; `{origins.stage}` made it"
-    passed = [stage for stage in origins.weights if run.stages[stage].get("method")]
-    if len(passed) > 1:
-        yield f"- its weights were trained by {', then '.join(f'`{s}`' for s in passed)}"
-    for stage in passed:
+    trained = [stage for stage in origins.weights if run.stages[stage].get("method")]
+    merges = [stage for stage in origins.weights if run.stages[stage].get("merging")]
+    if len(trained) > 1:
+        # Merged models were trained side by side.
+        joint = ", " if merges else ", then "
+        yield f"- its weights were trained by {joint.join(f'`{s}`' for s in trained)}"
+    for stage in (stage for stage in origins.weights if stage in (*trained, *merges)):
+        node = run.stages[stage]
         yield f"- `{stage}`"
-        for part in ("method", "student", "optimizer"):
-            if run.stages[stage].get(part):
-                yield f"    - {part}: {_described(run.stages[stage][part])}"
+        if stage in merges:
+            yield f"    - models: {node['path']}, {node['other_path']}"
+        for part in ("method", "student", "optimizer", "merging"):
+            if node.get(part):
+                yield f"    - {part}: {_described(node[part])}"
         metrics = run.results["stages"].get(stage, {}).get("metrics", {})
         for name, value in metrics.items():
             if name == "steps" or name.endswith("_seen"):

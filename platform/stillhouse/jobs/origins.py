@@ -11,8 +11,9 @@ from stillhouse.data.corpora.corpus import Corpus
 from stillhouse.files import files_of, sha256_of
 from stillhouse.jobs.finished_run import FinishedRun, is_hub_id, texts_of
 
-# The stage whose own `path` is a model that teaches by what it writes.
+# Stages whose own `path` is a model that teaches by what it writes.
 GENERATE = "stillhouse.stages.generate.Generate"
+REWRITE = "stillhouse.stages.rewrite.Rewrite"
 LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
@@ -38,7 +39,7 @@ class Origins:
     Attributes:
         stage: the stage that made it.
         stages: that one and every stage that it needed, in their order.
-        weights: those of them that its weights went through, the first first.
+        weights: those of them that its weights went through, in their order.
         synthetic: those of them that made random content in place of what they name.
         sources: models of these stages and from outside, each once.
         corpora: the data of all these stages.
@@ -89,15 +90,16 @@ def origins_of(run: FinishedRun, stage: str) -> Origins:
 def _sources(run: FinishedRun, nodes: Sequence[Mapping[str, Any]]) -> Iterator[Source]:
     """Yield what the stages learn from or start from, tokenizers last.
 
-    By house rule a key named `path` is a model. A teacher's often is its tokenizer's too, or that
-    of the student's first weights, and then it counts as the teacher's.
+    By house rule a key named `path` is a model; a merge has a second one, `other_path`. A teacher's
+    often is its tokenizer's too, or that of the student's first weights, and then it counts as the
+    teacher's.
     """
     for node in nodes:
-        teaches = [node.get("teacher"), node.get("path") if node["_target_"] == GENERATE else None]
+        writes = node["_target_"] in (GENERATE, REWRITE)
+        teaches = [node.get("teacher"), node.get("path") if writes else None]
         yield from _models(run, "teacher", teaches, "path")
     for node in nodes:
-        starts_from = [node.get("student"), node.get("path")]
-        yield from _models(run, "initial weights", starts_from, "path")
+        yield from _models(run, "initial weights", _starts_of(node), "path")
     for node in nodes:
         package = node.get("package")
         if package is not None and not node.get("synthetic"):
@@ -107,12 +109,21 @@ def _sources(run: FinishedRun, nodes: Sequence[Mapping[str, Any]]) -> Iterator[S
         yield from (source for source in found if source.kind != "stage")
 
 
+def _starts_of(node: Mapping[str, Any]) -> list[Any]:
+    """Return what a stage's model begins with: nodes of students, and paths of models."""
+    return [node.get("student"), node.get("path"), node.get("other_path")]
+
+
 def _stages_of_the_weights(run: FinishedRun, stage: str) -> list[str]:
-    """Return the stages whose student began with the weights of the one before, first to last."""
-    student = run.stages[stage].get("student")
-    found = _models(run, "initial weights", [student], "path")
-    before = next((source.name for source in found if source.kind == "stage"), None)
-    return [*(_stages_of_the_weights(run, before) if before else []), stage]
+    """Return the stages that the weights went through, first to last; a merge has two before it."""
+    found, waiting = {stage}, [stage]
+    while waiting:
+        starts = _starts_of(run.stages[waiting.pop()])
+        models = _models(run, "initial weights", starts, "path")
+        before = {source.name for source in models if source.kind == "stage"} - found
+        waiting += before
+        found |= before
+    return [name for name in run.stages if name in found]
 
 
 def _models(run: FinishedRun, what: Any, nodes: Sequence[Any], wanted: str) -> Iterator[Source]:

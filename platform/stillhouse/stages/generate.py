@@ -1,25 +1,23 @@
 """The stage `generate`: a model continues the prompts of the training windows in its own words."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from transformers import PreTrainedModel
 
 from stillhouse.data.corpora.generated import PROVENANCE
 from stillhouse.data.language import LanguageData
-from stillhouse.data.stream import generator_for
 from stillhouse.data.vocabulary import check_same_tokenizer, tokenizer_identity
 from stillhouse.data.windows import Window
 from stillhouse.errors import UserError
 from stillhouse.files import write_json
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import load_causal_lm
-from stillhouse.teachers.decoding import Prompts, Tokens
+from stillhouse.teachers.decoding import Tokens
+from stillhouse.teachers.sharded_decoding import BatchDecoder, decode_in_shards
 from stillhouse.teachers.signals import model_identity
 from stillhouse.tracking.work import WorkProgress
 
@@ -44,9 +42,8 @@ class Generate:
     """Write an Arrow data set of prompts and the model's continuations, with their provenance.
 
     A window all of whose tokens are learnt (plain text) is cut behind `prompt_tokens`; another one
-    (a conversation) before its first learnt token. Prompts are sorted by length, so that a batch
-    is padded little. Every batch has its own seed and its own file: a killed stage goes on behind
-    its last whole batch, and its draws are those of an uninterrupted one.
+    (a conversation) before its first learnt token. `teachers.sharded_decoding` says how a killed
+    stage goes on.
 
     Attributes:
         path: the model, a folder or an id of the hub.
@@ -73,7 +70,7 @@ class Generate:
         """Generate the batches that are missing, then write the data set."""
         data: LanguageData = instantiate(self.data, _recursive_=False)(self.seed)
         check_same_tokenizer(self.path, data.tokenizer, key=f"stages.{context.name}")
-        prompts = sorted(self._prompts(data, context.name), key=lambda p: len(p.tokens))
+        prompts = self._prompts(data, context.name)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load_causal_lm(
             self.path,
@@ -82,41 +79,20 @@ class Generate:
             key=f"stages.{context.name}",
         )
         model = model.to(device).eval()
-        continuations, rate = self._continue_all(context, model, data, prompts)
-        pairs = sorted(zip(prompts, continuations, strict=True), key=lambda pair: pair[0].window)
+        decode = instantiate(self.decoding)
+        with WorkProgress(context.name, len(prompts), "sequences", context.console) as progress:
+            continuations, rate = decode_in_shards(
+                BatchDecoder(model, decode, data.end_token, data.pad_token),
+                prompts,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                folder=context.scratch / "shards",
+                progress=progress,
+            )
+        pairs = zip(prompts, continuations, strict=True)
         rows = [_row(prompt, tokens, data) for prompt, tokens in pairs]
         self._write(context.output, rows, data)
         return StageResult(metrics={**_measures(rows, data), "tokens_per_s": rate})
-
-    def _continue_all(
-        self,
-        context: StageContext,
-        model: PreTrainedModel,
-        data: LanguageData,
-        prompts: Sequence[Prompt],
-    ) -> tuple[list[Tokens], float]:
-        """Return a continuation of every prompt, and how many tokens were generated a second."""
-        decode = instantiate(self.decoding)
-        parts = context.scratch / "shards"
-        parts.mkdir(parents=True, exist_ok=True)
-        continuations: list[Tokens] = []
-        written, rate = 0, 0.0
-        with WorkProgress(context.name, len(prompts), "sequences", context.console) as progress:
-            for number, start in enumerate(range(0, len(prompts), self.batch_size)):
-                batch = prompts[start : start + self.batch_size]
-                path = parts / f"part-{number:05d}.json"
-                done = _read_part(path, batch)
-                if done is not None:
-                    progress.skip(len(batch))
-                else:
-                    done = self._continue(model, decode, data, batch, number)
-                    write_json(path, done)
-                    written += sum(map(len, done))
-                    progress.advance(len(batch))
-                    rate = written / progress.seconds()
-                    progress.note(f"{rate:.0f} tokens/s")
-                continuations += done
-        return continuations, rate
 
     def _prompts(self, data: LanguageData, name: str) -> list[Prompt]:
         """Return the prompts in the order of the windows.
@@ -135,29 +111,6 @@ class Generate:
                 f"its length is data.sequence_length={data.sequence_length}"
             )
         return prompts
-
-    def _continue(
-        self,
-        model: PreTrainedModel,
-        decode: Callable[[PreTrainedModel, Prompts], list[Tokens]],
-        data: LanguageData,
-        batch: Sequence[Prompt],
-        number: int,
-    ) -> list[Tokens]:
-        longest = max(len(p.tokens) for p in batch)
-        pad = data.pad_token
-        ids = [[pad] * (longest - len(p.tokens)) + p.tokens for p in batch]
-        real = [[False] * (longest - len(p.tokens)) + [True] * len(p.tokens) for p in batch]
-        prompts = Prompts(
-            input_ids=torch.tensor(ids),
-            attention_mask=torch.tensor(real),
-            references=[p.reference for p in batch],
-            end_token=data.end_token,
-            pad_token=pad,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(generator_for(self.seed, number).initial_seed())
-            return decode(model, prompts)
 
     def _write(self, folder: Path, rows: list[dict[str, Any]], data: LanguageData) -> None:
         from datasets import Dataset, disable_progress_bars
@@ -185,15 +138,6 @@ def _cut(window: Window, prompt_tokens: int) -> Prompt | None:
         return None
     assert window.index is not None
     return Prompt(window.index, tokens[:place], tokens[place:])
-
-
-def _read_part(path: Path, batch: Sequence[Prompt]) -> list[Tokens] | None:
-    """Return the continuations that an earlier attempt wrote for a batch, if they are whole."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if len(content) == len(batch) else None
 
 
 def _row(prompt: Prompt, continuation: Tokens, data: LanguageData) -> dict[str, Any]:

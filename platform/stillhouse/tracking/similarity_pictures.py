@@ -45,11 +45,11 @@ def draw_similarity(
         frame.set(edgecolor="tab:red", linewidth=2.5, zorder=3, clip_on=False)
         axis.add_patch(frame)
     for one in (axis.xaxis, axis.yaxis):
-        _number_layers(one, layers)
+        number_layers(one, layers)
     axis.set_xlabel("layer")
     axis.set_ylabel("layer")
     axis.set_title(title)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_scores(scores: Sequence[float], cut: float | None, path: Path, title: str) -> Path:
@@ -71,21 +71,23 @@ def draw_scores(scores: Sequence[float], cut: float | None, path: Path, title: s
     if cut is not None:
         axis.axhline(cut, color="tab:red", linestyle="--", linewidth=1, label=f"cut at {cut:.3f}")
         axis.legend(frameon=False, fontsize=8)
-    _number_layers(axis.xaxis, len(scores))
+    number_layers(axis.xaxis, len(scores))
     axis.set_xlabel("layer")
     axis.set_ylabel("mean similarity to the other layers")
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _number_layers(axis: Any, layers: int) -> None:
+def number_layers(axis: Any, layers: int) -> None:
+    """Put numbers of layers, as many as there is room for, to an axis."""
     step = 1 if layers <= EVERY_LAYER else 2 if layers <= EVERY_SECOND else 5
     axis.set_ticks(range(0, layers, step))
     axis.set_tick_params(labelsize=8 if layers <= EVERY_LAYER else 7)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as a PNG and close it."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,7 +1,6 @@
 """A user's own files as a corpus: text, JSON lines or parquet."""
 
 import glob
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from stillhouse.data.corpora.corpus import Corpus, Split
 from stillhouse.data.corpora.held_out import with_held_out
+from stillhouse.data.corpora.lines import json_records, lines
 from stillhouse.data.corpora.records import RecordKeys
 from stillhouse.data.documents import Document
 from stillhouse.data.vocabulary import one_line
@@ -92,7 +92,7 @@ class _Files:
         return documents
 
     def _text(self, path: Path, place: str) -> Iterator[Document]:
-        text = "".join(f"{line}\n" for _, line in _lines(path, place)).removesuffix("\n")
+        text = "".join(f"{line}\n" for _, line in lines(path, place)).removesuffix("\n")
         parts = [text] if self.separator is None else text.split(self.separator)
         for part in parts:
             document = part.strip("\n")
@@ -100,17 +100,8 @@ class _Files:
                 yield document
 
     def _json_lines(self, path: Path, place: str) -> Iterator[Document]:
-        for number, line in _lines(path, place):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{place}, line {number}: not JSON: {error.msg} at column {error.colno}; "
-                    'expected a record a line, such as {"text": "…"}'
-                ) from error
-            yield self.keys.document(record, f"{place}, line {number}")
+        for where, record in json_records(path, place, example='{"text": "…"}'):
+            yield self.keys.document(record, where)
 
     def _parquet(self, path: Path, place: str) -> Iterator[Document]:
         for number, record in enumerate(_rows(path, place, self.keys)):
@@ -139,21 +130,6 @@ def _paths(whole: str, value: str) -> list[Path]:
             place = whole if file == path else f"{whole}, {file}"
             raise UserError(f"{place}: unknown suffix {file.suffix!r}; {EXPECTED}")
     return found
-
-
-def _lines(path: Path, place: str) -> Iterator[tuple[int, str]]:
-    """Yield number and text of every line, without its end and without a byte order mark."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{place}, line {number}: not UTF-8: byte {error.start + 1} of the line is "
-                    f"0x{line[error.start]:02x}; write the file anew in UTF-8, for example with "
-                    "iconv -t UTF-8"
-                ) from error
-            yield number, text.removesuffix("\n").removesuffix("\r")
 
 
 def _rows(path: Path, place: str, keys: RecordKeys) -> list[dict[str, Any]]:

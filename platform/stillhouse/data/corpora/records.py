@@ -52,21 +52,21 @@ class RecordKeys:
         """
         if not isinstance(record, Mapping):
             raise UserError(
-                f"{place}: the record is {_kind(record)}; expected an object with {self._choices}"
+                f"{place}: the record is {kind_of(record)}; expected an object with {self._choices}"
             )
         present = {str(key): value for key, value in record.items() if value is not None}
         if self.messages in present:
             return _conversation(present[self.messages], self.messages, place)
         if self.text in present:
-            return _filled(present[self.text], repr(self.text), place)
+            return filled(present[self.text], repr(self.text), place)
         if PROMPT in present and COMPLETION in present:
-            prompt = _string(present[PROMPT], repr(PROMPT), place)
-            answer = _filled(present[COMPLETION], repr(COMPLETION), place)
+            prompt = string(present[PROMPT], repr(PROMPT), place)
+            answer = filled(present[COMPLETION], repr(COMPLETION), place)
             turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
             return Conversation(turns, place)
         near = did_you_mean(self.text, present) or did_you_mean(self.messages, present)
         raise UserError(
-            f"{place}: the record has none of {self._choices}; it has {_list(present)}; name the "
+            f"{place}: the record has none of {self._choices}; it has {listed(present)}; name the "
             f"right key with data.corpus.text_key=<key> or data.corpus.messages_key=<key>{near}"
         )
 
@@ -77,7 +77,7 @@ class RecordKeys:
 
 def _conversation(messages: object, key: str, place: str) -> Conversation:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        found = "an empty list" if messages == [] else _kind(messages)
+        found = "an empty list" if messages == [] else kind_of(messages)
         raise UserError(f"{place}: {key!r} is {found}; expected a list of messages")
     read = [_message(message, f"{key}[{i}]", place) for i, message in enumerate(messages)]
     conversation = Conversation(read, place)
@@ -89,31 +89,41 @@ def _message(message: Any, name: str, place: str) -> Message:
     """Read a message; what an assistant says is not empty, what it hears may be."""
     if not isinstance(message, Mapping):
         raise UserError(
-            f"{place}: {name} is {_kind(message)}; expected an object with 'role' and 'content'"
+            f"{place}: {name} is {kind_of(message)}; expected an object with 'role' and 'content'"
         )
     for key in ("role", "content"):
         if key not in message:
-            raise UserError(f"{place}: {name} has no {key!r}; it has {_list(message)}")
-    role = _string(message["role"], f"{name}.role", place)
+            raise UserError(f"{place}: {name} has no {key!r}; it has {listed(message)}")
+    role = string(message["role"], f"{name}.role", place)
     if role not in ROLES:
         raise UserError(
             f"{place}: {name}.role is {role!r}; expected {', '.join(ROLES)}; rename it"
             f"{did_you_mean(role, ROLES)}"
         )
-    read = _filled if role == "assistant" else _string
+    read = filled if role == "assistant" else string
     return {"role": role, "content": read(message["content"], f"{name}.content", place)}
 
 
-def _filled(value: object, name: str, place: str) -> str:
-    text = _string(value, name, place)
+def filled(value: object, name: str, place: str) -> str:
+    """Return a value that has to be a string and hold more than white space.
+
+    Raises:
+        UserError: naming the value and its place.
+    """
+    text = string(value, name, place)
     if not text.strip():
         raise UserError(f"{place}: {name} is empty; expected some text; fill it or drop the record")
     return text
 
 
-def _string(value: object, name: str, place: str) -> str:
+def string(value: object, name: str, place: str) -> str:
+    """Return a value that has to be a string of whole characters.
+
+    Raises:
+        UserError: naming the value and its place.
+    """
     if not isinstance(value, str):
-        raise UserError(f"{place}: {name} is {_kind(value)}; expected a string")
+        raise UserError(f"{place}: {name} is {kind_of(value)}; expected a string")
     # JSON can write half of a surrogate pair, which no encoding can.
     if (half := next((c for c in value if "\ud800" <= c <= "\udfff"), None)) is not None:
         raise UserError(
@@ -123,9 +133,11 @@ def _string(value: object, name: str, place: str) -> str:
     return value
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Say in a word what JSON calls a value."""
     return JSON_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
-def _list(names: Iterable[object]) -> str:
+def listed(names: Iterable[object]) -> str:
+    """Return the keys of a record, for a message."""
     return ", ".join(repr(str(name)) for name in names) or "no keys"

@@ -1,0 +1,121 @@
+"""A user's own questions and answers, in JSON lines."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stillhouse.data.corpora.corpus import Split
+from stillhouse.data.corpora.lines import json_records
+from stillhouse.data.corpora.records import filled, kind_of, listed, string
+from stillhouse.data.tasks.checking import said_answer
+from stillhouse.data.tasks.exercises import Exercise, Exercises, split_of
+from stillhouse.errors import UserError
+
+KEY = "data.corpus.exercises"
+EXAMPLE = '{"instruction": "…", "answer": "…"}'
+
+
+def answered_files(
+    *,
+    train_path: str,
+    validation_path: str | None = None,
+    test_path: str | None = None,
+    task: str = "answers",
+    name: str | None = None,
+    licence: str = "unknown",
+) -> Exercises:
+    """Read exercises: a line holds `instruction`, `answer`, and perhaps `context` and `expected`.
+
+    An exercise with `expected`, a mathematical expression, is checked with `math-verify`; another
+    one is open-ended. Other keys are left out, and a key whose value is null counts as absent.
+
+    Args:
+        train_path: a .jsonl file.
+        validation_path, test_path: the same; null holds a tenth of the training ones out.
+        task: name of the skill.
+        name: of the set; null takes that of `train_path`.
+        licence: of the texts.
+
+    Raises:
+        UserError: for a file that cannot be read, a line without an instruction or an answer, and
+            an answer that is not the one that is expected; file and line are named. Also without
+            the package `math-verify` where it is needed.
+    """
+    named: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
+    splits = {s: list(_read(f"{KEY}.{s}_path", p, task)) for s, p in named.items() if p is not None}
+    parts: dict[Split, list[Exercise]] = {"train": []}
+    parts |= {split: splits.get(split, []) for split in named}
+    for exercise in _read(f"{KEY}.train_path", train_path, task):
+        split = split_of(f"{exercise.context or ''}\n{exercise.instruction}")
+        parts["train" if split in splits else split].append(exercise)
+    for split, exercises in parts.items():
+        if not exercises:
+            raise UserError(
+                f"{KEY}.train_path={train_path}: none of its exercises falls to {split}; give "
+                f"more, or name {KEY}.{'validation' if split == 'train' else split}_path=<file>"
+            )
+    return Exercises(name=name or Path(train_path).name, licence=licence, splits={**parts})
+
+
+def _read(key: str, value: str, task: str) -> Iterator[Exercise]:
+    path, place = Path(value).expanduser(), f"{key}={value}"
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        raise UserError(f"{place}: expected a .jsonl file, with lines such as {EXAMPLE}")
+    for where, record in json_records(path, place, example=EXAMPLE):
+        yield _exercise(record, where, task)
+
+
+def _exercise(record: object, place: str, task: str) -> Exercise:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{place}: the record is {kind_of(record)}; expected {EXAMPLE}")
+    present = {str(key): value for key, value in record.items() if value is not None}
+    for key in ("instruction", "answer"):
+        if key not in present:
+            raise UserError(
+                f"{place}: the record has no {key!r}; it has {listed(present)}; expected "
+                f"{EXAMPLE}; write it, or drop the record"
+            )
+    answer = filled(present["answer"], "'answer'", place)
+    check = None
+    if "expected" in present:
+        expected = filled(present["expected"], "'expected'", place)
+        check = partial(is_equal, gold=_parsed(expected, place))
+        if not check(answer):
+            raise UserError(
+                f"{place}: 'answer' does not come to 'expected', {expected}; expected it behind "
+                "'Answer:' or '####', or at the end; mend one of them, or drop the record"
+            )
+    return Exercise(
+        task=task,
+        instruction=filled(present["instruction"], "'instruction'", place),
+        answer=answer,
+        place=place,
+        context=string(present["context"], "'context'", place) if "context" in present else None,
+        check=check,
+    )
+
+
+def _parsed(expected: str, place: str) -> list[Any]:
+    """Read an expression, in LaTeX or plain."""
+    try:
+        from math_verify import parse
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{place}: 'expected' is checked with the package math-verify, which is not installed; "
+            "install it with: pip install 'stillhouse[tasks]'"
+        ) from error
+    gold = parse(expected if "$" in expected else f"${expected}$")
+    if not gold:
+        raise UserError(
+            f"{place}: 'expected' is {expected!r}, which math-verify does not read; expected a "
+            "mathematical expression, such as 42 or \\frac{1}{2}; drop the key for an open answer"
+        )
+    return gold
+
+
+def is_equal(text: str, *, gold: list[Any]) -> bool:
+    """Whether a text answers with an expression that is equal to `gold`."""
+    from math_verify import parse, verify
+
+    return verify(gold, parse(said_answer(text)))

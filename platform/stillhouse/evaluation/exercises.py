@@ -1,0 +1,75 @@
+"""How many exercises a language model answers rightly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stillhouse.data.tasks.exercises import Exercise
+from stillhouse.data.tasks.questions import end_and_pad, question_tokens
+from stillhouse.errors import UserError
+from stillhouse.teachers.decoding import Tokens, greedy
+from stillhouse.teachers.sharded_decoding import BatchDecoder, batches_by_length
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked.
+
+    Attributes:
+        tokens: the question, up to where its answer begins.
+        reference: empty, since no way of decoding is to see the label.
+    """
+
+    tokens: Tokens
+    reference: Tokens
+
+
+def accuracy_by_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    exercises: Sequence[Exercise],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Mapping[str, float]:
+    """Let a model answer greedily and check its answers.
+
+    An answer that hits the limit is judged by what stands in it. Open-ended exercises are left out.
+
+    Args:
+        model: the model, in eval mode.
+        tokenizer: its own, with a chat template.
+        exercises: what is asked.
+        max_new_tokens: longest answer.
+        batch_size: questions a batch.
+
+    Returns:
+        `accuracy`, the share of all exercises that is answered rightly, and `accuracy_<task>`.
+
+    Raises:
+        UserError: when nothing can be checked, or the tokenizer cannot ask.
+    """
+    checked = [(e, e.check) for e in exercises if e.check is not None]
+    if not checked:
+        raise UserError(
+            f"data.corpus.exercises: none of {len(exercises)} exercises has an answer that can be "
+            "checked; expected some to measure an accuracy"
+        )
+    end_token, pad_token = end_and_pad(tokenizer, place="evaluation")
+    questions = [
+        Question(question_tokens(e.question(), tokenizer, opening="", place=e.place), [])
+        for e, _ in checked
+    ]
+    decode = partial(greedy, max_new_tokens=max_new_tokens)
+    decoder = BatchDecoder(model, decode, end_token, pad_token)
+    right: dict[str, list[bool]] = {}
+    for indices in batches_by_length(questions, batch_size):
+        answers = decoder([questions[i] for i in indices])
+        for i, tokens in zip(indices, answers, strict=True):
+            exercise, check = checked[i]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            right.setdefault(exercise.task, []).append(check(str(text)))
+    means = {f"accuracy_{task}": sum(r) / len(r) for task, r in sorted(right.items())}
+    return {"accuracy": sum(map(sum, right.values())) / len(checked), **means}

@@ -1,0 +1,303 @@
+"""The stage `rewrite`, and the corpus made of what it wrote."""
+
+import json
+
+import pytest
+import torch
+from chats import END
+from datasets import load_from_disk
+from exercise_cases import (
+    FORBIDDEN,
+    GREEDY,
+    PROMPT,
+    checked_sums,
+    node,
+    save_chat_model,
+    script,
+    stage,
+    sums,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillhouse.data.corpora.rewritten import rewritten
+from stillhouse.data.language import LanguageData
+from stillhouse.data.tasks.accepting import REASONS, reason_against
+from stillhouse.stages import rewrite as module
+from stillhouse.teachers.signals import model_identity
+
+SAMPLED = {
+    **GREEDY,
+    "_target_": "stillhouse.teachers.decoding.sampled",
+    "temperature": 1.0,
+    "top_p": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, tiny_llama):
+    return save_chat_model(tmp_path_factory.mktemp("seed"), tiny_llama)
+
+
+def rows_of(context):
+    return load_from_disk(str(context.output)).to_list()
+
+
+def answered_as(path, stage_context, answer, **changes):
+    """Return the row and the metrics of one exercise, sum 1, that is answered so."""
+    context = stage_context("rewrite")
+    decoding = script(path, {"so 1+1=2": answer})
+    result = stage(path, decoding, exercises=node("checked_sums", count=2), **changes)(context)
+    (row,) = rows_of(context)
+    return row, result.metrics
+
+
+def test_the_model_sees_question_and_reference_by_its_chat_template(path, stage_context):
+    """Greedy by hand on every rendered prompt alone: padding in a batch changes nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    context = stage_context("rewrite")
+    stage(path, GREEDY, exercises=node(count=20, context="Add."), opening="Well")(context)
+    rows = rows_of(context)
+    assert len(rows) == 20
+    for row in rows:
+        ids = tokenizer(
+            f"<|im_start|>system\nAdd.{END}\n<|im_start|>user\n{row['instruction']} as "
+            f"{row['reference']}{END}\n<|im_start|>assistant\nWell",
+            return_tensors="pt",
+        )["input_ids"]
+        start = ids.shape[1]
+        for _ in range(6):
+            with torch.no_grad():
+                token = model(input_ids=ids).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], 1)
+            if int(token) == tokenizer.eos_token_id:
+                break
+        tokens = ids[0, start:].tolist()
+        assert row["generated"] == "Well" + tokenizer.decode(tokens).removesuffix(END)
+
+
+def test_every_target_is_the_answer_or_the_label_and_all_are_counted(path, stage_context):
+    exercises = sums(count=20).splits["train"]
+    # Rightly in other words, wrongly, and without an end.
+    answers = {e.answer: f"That is {n + 1}{END}" for n, e in enumerate(exercises) if n < 8}
+    answers |= {e.answer: f"That is 7{END}" for n, e in enumerate(exercises) if 8 <= n < 14}
+    answers |= {e.answer: "That is" for n, e in enumerate(exercises) if n >= 14}
+    context = stage_context("rewrite")
+    metrics = stage(path, script(path, answers))(context).metrics
+    rows = rows_of(context)
+    assert [r["instruction"] for r in rows] == [e.instruction for e in exercises]
+    for row, exercise in zip(rows, exercises, strict=True):
+        assert row["reference"] == exercise.answer
+        assert row["target"] == (row["generated"] if row["accepted"] else row["reference"])
+        assert row["accepted"] is (row["reason"] is None)
+        assert exercise.check is None or exercise.check(row["target"])
+    # Of 8 to 13, 9 and 12 are open-ended: what cannot be checked is not wrong.
+    assert [n for n, row in enumerate(rows) if row["accepted"]] == [*range(8), 9, 12]
+    assert (metrics["exercises"], metrics["accepted"], metrics["accepted_fraction"]) == (
+        20,
+        10,
+        0.5,
+    )
+    kept = {n: c for n, c in metrics.items() if n.startswith("kept_label_")}
+    assert set(kept) == {f"kept_label_{reason}" for reason in REASONS}
+    assert {n: c for n, c in kept.items() if c} == {"kept_label_wrong": 4, "kept_label_limit": 6}
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert metrics["generated_tokens"] == sum(map(len, tokenizer([*answers.values()])["input_ids"]))
+    assert "rewrite: 10 of 20 accepted; labels kept: 6 limit, 4 wrong\n" in (
+        context.console.file.getvalue()
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (f"It is 2.{END}", None),
+        (f" \nIt is 2.\n{END}", None),
+        ("It is 2.", "limit"),
+        (f"It <|im_start|>is 2.{END}", "not_text"),
+        (f" \n{END}", "empty"),
+        (END, "empty"),
+        (f"As the Reference ANSWER says, 2.{END}", "forbidden_phrase"),
+        (f" Your TURN: 2.{END}", "forbidden_start"),
+        (f"Now it is your turn, 2.{END}", None),
+        (f"It is 3.{END}", "wrong"),
+        (f"It is not known.{END}", "wrong"),
+    ],
+)
+def test_what_is_accepted_and_why_a_label_is_kept(path, stage_context, answer, reason):
+    row, metrics = answered_as(path, stage_context, answer)
+    text = answer.removesuffix(END)
+    expected = "so 1+1=2" if reason else text
+    assert (row["reason"], row["accepted"]) == (reason, reason is None)
+    assert (row["target"], row["generated"]) == (expected, text)
+    counted = {n.removeprefix("kept_label_"): c for n, c in metrics.items() if n.startswith("kept")}
+    assert counted == {r: int(r == reason) for r in REASONS}
+
+
+def test_half_a_character_is_not_text(path):
+    """Broken bytes would be learnt as another character than the one that was begun."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokens = tokenizer(f"2 é{END}")["input_ids"]
+    exercise = sums(count=2).splits["train"][0]
+    reader = module._Reader(tokenizer, "")
+    reasons = [
+        reason_against(reader(t), exercise, forbidden=[], forbidden_start="")
+        for t in (tokens, [*tokens[:-2], tokens[-1]])
+    ]
+    assert reasons == [None, "not_text"]
+
+
+@pytest.mark.parametrize(
+    ("opening", "answer", "target", "reason"),
+    [
+        ("Well,", f" it is 2.{END}", "Well, it is 2.", None),
+        ("It is 2", f".{END}", "It is 2.", None),
+        ("My ", f"response: 2.{END}", "so 1+1=2", "forbidden_phrase"),
+        ("2", END, "so 1+1=2", "empty"),
+    ],
+)
+def test_an_opening_belongs_to_the_answer_and_is_judged_with_it(
+    path, stage_context, opening, answer, target, reason
+):
+    row, _ = answered_as(path, stage_context, answer, opening=opening)
+    assert (row["target"], row["reason"]) == (target, reason)
+
+
+def test_a_prompt_without_room_for_its_answer_keeps_its_label(tmp_path, tiny_llama, stage_context):
+    short = save_chat_model(tmp_path / "short", tiny_llama, max_position_embeddings=54)
+    tokenizer = AutoTokenizer.from_pretrained(short)
+    context = stage_context("rewrite")
+    labels = [e.answer for e in sums(count=20).splits["train"]]
+    answers = {label: f"It is {n + 1}.{END}" for n, label in enumerate(labels)}
+    metrics = stage(short, script(short, answers))(context).metrics
+    for n, row in enumerate(rows_of(context)):
+        asked = PROMPT.format(instruction=row["instruction"], reference=row["reference"])
+        text = f"<|im_start|>user\n{asked}{END}\n<|im_start|>assistant\n"
+        too_long = len(tokenizer(text)["input_ids"]) + 12 > 54
+        assert row["reason"] == ("prompt_too_long" if too_long else None)
+        assert row["generated"] == (None if too_long else f"It is {n + 1}.")
+        assert not too_long or row["target"] == row["reference"]
+    asked_of_the_model = list((context.scratch / "shards").iterdir())
+    done = sum(len(json.loads(part.read_text())) for part in asked_of_the_model)
+    assert done == 20 - metrics["kept_label_prompt_too_long"]
+    assert 3 < metrics["kept_label_prompt_too_long"] < 17
+
+
+def windows(path, corpus):
+    data = LanguageData(
+        0,
+        corpus=corpus,
+        tokenizer_path=str(path),
+        sequence_length=64,
+        batch_size=4,
+        evaluation_batch_size=4,
+        packing=False,
+    )
+    return data.windows("train")
+
+
+def test_a_generator_of_nonsense_gives_the_labels_and_the_training_of_sft(path, stage_context):
+    context = stage_context("rewrite")
+    exercises = node("checked_sums", count=30)
+    stage(path, script(path, {}), exercises=exercises)(context)
+    labels = [e.answer for e in checked_sums(count=30).splits["train"]]
+    assert [r["target"].encode() for r in rows_of(context)] == [y.encode() for y in labels]
+    folder = "stillhouse.data.corpora"
+    sft = {"_target_": f"{folder}.answered.answered", "exercises": exercises}
+    own = {"_target_": f"{folder}.rewritten.rewritten", "exercises": exercises}
+    own["rewritten_path"] = str(context.output)
+    assert windows(path, own).identity() == windows(path, sft).identity()
+
+
+def test_a_rewritten_corpus_asks_normally_and_shows_no_reference(path, stage_context):
+    exercises = sums(count=20, context="Add.")
+    train = exercises.splits["train"]
+    answers = {e.answer: f"That is {n + 1}{END}" for n, e in enumerate(train)}
+    context = stage_context("rewrite")
+    stage(path, script(path, answers), exercises=node(count=20, context="Add."))(context)
+    corpus = rewritten(rewritten_path=str(context.output), exercises=exercises)
+    for n, (document, exercise) in enumerate(zip(corpus.documents("train"), train, strict=True)):
+        assert document.messages == [
+            {"role": "system", "content": "Add."},
+            {"role": "user", "content": exercise.instruction},
+            {"role": "assistant", "content": f"That is {n + 1}"},
+        ]
+        assert document.place == f"data.corpus.rewritten_path={context.output}, row {n}"
+    for split in ("validation", "test"):
+        assert corpus.documents(split) == [e.answered(e.answer) for e in exercises.splits[split]]
+    assert (corpus.name, corpus.licence) == ("sums, rewritten by a model", "CC0")
+
+
+def test_a_killed_stage_goes_on_behind_its_last_whole_batch(path, stage_context):
+    whole = stage_context("whole")
+    stage(path, SAMPLED)(whole)
+    parts = sorted((whole.scratch / "shards").iterdir())
+    assert len(parts) == 3
+    broken = stage_context("broken")
+    (broken.scratch / "shards").mkdir()
+    for part in parts:
+        (broken.scratch / "shards" / part.name).write_text(part.read_text())
+    # One was never written and one was cut short; the last is marked, to show that it is kept.
+    (broken.scratch / "shards" / parts[0].name).unlink()
+    (broken.scratch / "shards" / parts[1].name).write_text(parts[1].read_text()[:-20])
+    again = stage_context("again")
+    stage(path, SAMPLED)(again)
+    stage(path, SAMPLED)(broken)
+    assert rows_of(broken) == rows_of(whole) == rows_of(again)
+
+    end = AutoTokenizer.from_pretrained(path).eos_token_id
+    count = len(json.loads(parts[2].read_text()))
+    (broken.scratch / "shards" / parts[2].name).write_text(json.dumps([[70, end]] * count))
+    kept = stage_context("broken")
+    metrics = stage(path, SAMPLED)(kept).metrics
+    differing = [a != b for a, b in zip(rows_of(kept), rows_of(whole), strict=True)]
+    assert sum(differing) == count
+    assert metrics["tokens_per_s"] == 0.0, "nothing was generated anew"
+
+
+def test_draws_depend_on_the_seed(path, stage_context):
+    found = []
+    for name, seed in (("one", 0), ("other", 1)):
+        context = stage_context(name)
+        stage(path, SAMPLED, seed=seed)(context)
+        found.append([r["generated"] for r in rows_of(context)])
+    assert found[0] != found[1]
+
+
+def test_some_exercises_are_spread_evenly(path, stage_context):
+    context = stage_context("rewrite")
+    stage(path, script(path, {}), max_exercises=4)(context)
+    assert [r["instruction"] for r in rows_of(context)] == ["0+1=?", "5+1=?", "10+1=?", "15+1=?"]
+
+
+def test_provenance_says_how_it_was_made(path, stage_context):
+    context = stage_context("rewrite")
+    stage(path, SAMPLED, opening="Well", seed=3)(context)
+    kept = json.loads((context.output / "provenance.json").read_text())
+    assert kept["model_sha256"] == model_identity(str(path))
+    assert kept["exercises_sha256"] == sums(count=20).identity("train")
+    assert kept["exercises_sha256"] != sums(count=19).identity("train")
+    assert (kept["prompt"], kept["opening"], kept["seed"]) == (PROMPT, "Well", 3)
+    assert (kept["decoding"], kept["forbidden"]) == (SAMPLED, FORBIDDEN)
+
+
+def test_the_columns_have_their_types_when_one_is_null_everywhere(path, stage_context):
+    context = stage_context("rewrite")
+    stage(path, script(path, {}, f"It is 5.{END}"))(context)
+    features = load_from_disk(str(context.output)).features
+    assert {n: f.dtype for n, f in features.items()} == {
+        "task": "string",
+        "instruction": "string",
+        "context": "string",
+        "reference": "string",
+        "generated": "string",
+        "target": "string",
+        "accepted": "bool",
+        "reason": "string",
+    }
+
+
+def test_a_template_may_hold_braces_and_so_may_the_texts(path, stage_context):
+    context = stage_context("rewrite")
+    stage(path, script(path, {}), prompt="{{x}} {instruction} {reference}")(context)
+    assert len(rows_of(context)) == 20
