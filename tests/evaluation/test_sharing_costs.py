@@ -39,6 +39,7 @@ def saved(tmp_path: Path) -> Any:
 def evaluate(models: dict[str, str], **changes: Any) -> Any:
     settings = {
         "reference": "teacher",
+        "timed": None,
         "contexts": CONTEXTS,
         "new_tokens": 2,
         "repeats": 1,
@@ -69,6 +70,14 @@ def test_cache_and_speedups(saved: Any) -> None:
     assert set(numbers["teacher"]) == counts
     assert all(numbers["student"][ratio] > 0 for ratio in ratios)
     assert list(numbers) == ["student", "teacher"]
+
+
+def test_times_are_taken_of_the_roles_that_are_named(saved: Any) -> None:
+    models = saved("llama")
+    numbers = evaluate({**models, "other": models["student"]}, timed=["other"], contexts=[6])
+    ratios = {f"{work}_speedup_n6" for work in WORKS}
+    assert set(numbers["other"]) - set(numbers["student"]) == ratios
+    assert not ratios & set(numbers["student"])
 
 
 def test_a_window_counts_what_it_keeps_of_the_longest_context(saved: Any) -> None:
@@ -133,6 +142,9 @@ def test_bad_input(saved: Any) -> None:
     assert refusal(models, reference="teachr") == (
         "reference=teachr: there is no such model; expected student, teacher; did you mean "
         "'teacher'?"
+    )
+    assert refusal(models, timed=["studnt"]) == (
+        "timed=studnt: there is no such model; expected student, teacher; did you mean 'student'?"
     )
     assert refusal(models, new_tokens=0) == "new_tokens=0: expected 1 or more"
     assert refusal(models, repeats=0) == "repeats=0: expected 1 or more"

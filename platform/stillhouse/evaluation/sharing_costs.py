@@ -27,6 +27,7 @@ def sharing_costs(
     data: LanguageData,
     *,
     reference: str,
+    timed: list[str] | None,
     contexts: list[int],
     new_tokens: int,
     repeats: int,
@@ -47,6 +48,7 @@ def sharing_costs(
         models: role -> path of its model.
         data: unused; the texts are made up, what they say does not matter.
         reference: role of the model that the others are compared with.
+        timed: roles whose times are taken, where others are of the same shape; null takes all.
         contexts: the numbers N.
         new_tokens: tokens decoded in a turn.
         repeats: turns of each side, after one that does not count.
@@ -55,17 +57,19 @@ def sharing_costs(
     Returns:
         Of a student that may share attention `shared_fraction`, followers over layers; of every
         role `parameters_removed` and `kv_cache_bytes_per_token` (as `cache_bytes`, over the tokens
-        of the longest context), and of all but the reference the speed-ups.
+        of the longest context), and of those that are timed but the reference the speed-ups.
 
     Raises:
-        UserError: for a reference that is no role, and numbers that are too small, or too large for
+        UserError: for a reference or a timed model that is no role, and numbers that are too small, or too large for
             a model's positions.
     """
-    if reference not in models:
-        raise UserError(
-            f"reference={reference}: there is no such model; expected {', '.join(models)}"
-            f"{did_you_mean(reference, models)}"
-        )
+    for key, roles in (("reference", [reference]), ("timed", timed or [])):
+        for role in roles:
+            if role not in models:
+                raise UserError(
+                    f"{key}={role}: there is no such model; expected {', '.join(models)}"
+                    f"{did_you_mean(role, models)}"
+                )
     _check_numbers(contexts, new_tokens, repeats)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -83,7 +87,7 @@ def sharing_costs(
             "parameters_removed": base.num_parameters() - model.num_parameters(),
             "kv_cache_bytes_per_token": cache_bytes(_filled(model, max(contexts))) / max(contexts),
         }
-        if model is not base:
+        if model is not base and (timed is None or role in timed):
             for context in contexts:
                 measured |= _speedups(base, model, context, new_tokens, repeats)
         numbers[role] = measured
