@@ -60,8 +60,8 @@ def sharing_costs(
         of the longest context), and of those that are timed but the reference the speed-ups.
 
     Raises:
-        UserError: for a reference or a timed model that is no role, and numbers that are too small, or too large for
-            a model's positions.
+        UserError: for a reference or a timed model that is no role, and numbers that are too small,
+            or too large for a model's positions.
     """
     for key, roles in (("reference", [reference]), ("timed", timed or [])):
         for role in roles:
