@@ -54,6 +54,32 @@ def test_training_predicts_every_learnt_token_once(packing, length, template):
     assert data.text_bytes("test") == len("held out")
 
 
+@pytest.mark.parametrize(("held", "packing", "packed"), [
+    ("chats.jsonl", False, False), ("chats.jsonl", True, True), ("held.txt", False, True),
+])  # fmt: skip
+def test_held_out_conversations_are_packed_as_training_is_and_text_always(held, packing, packed):
+    chat_tokenizer(CHATML).save_pretrained("tokenizer")
+    chats = [{"prompt": f"{w}?", "completion": w * 3} for w in WORDS]
+    Path("chats.jsonl").write_bytes(lines(*chats))
+    Path("held.txt").write_text("\n\n".join(WORDS))
+    data = LanguageData(
+        0,
+        corpus={
+            "_target_": "stillhouse.data.corpora.files.files",
+            "train_path": "chats.jsonl",
+            "validation_path": held,
+            "test_path": held,
+        },
+        tokenizer_path="./tokenizer",
+        sequence_length=500,
+        batch_size=2,
+        evaluation_batch_size=4,
+        packing=packing,
+    )
+    assert len(data.windows("test")) == (1 if packed else len(WORDS))
+    assert len(data.windows("train")) == (1 if packing else len(WORDS))
+
+
 def run_files(capfd, *arguments: str):
     return run_here(capfd, *TINY, "experiment=sft", "data=files", *arguments)
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerBase
 
 from stillhouse.data.corpora.corpus import Corpus, Split
-from stillhouse.data.documents import Document
+from stillhouse.data.documents import Conversation, Document
 from stillhouse.data.encoding import encode
 from stillhouse.data.stream import BatchStream
 from stillhouse.data.vocabulary import load_tokenizer, tokenizer_identity
@@ -52,7 +52,8 @@ class LanguageData(pl.LightningDataModule):
             sequence_length: T, tokens a window.
             batch_size: windows a training batch and device.
             evaluation_batch_size: windows a validation or test batch.
-            packing: whether windows run across documents.
+            packing: whether windows run across documents; those of evaluation always do where the
+                documents are plain text.
             shift_windows: whether training windows start at random offsets.
             max_train_documents: train on the first n documents only; null takes all.
             max_evaluation_windows: validate and test on n windows, spread evenly; null takes all.
@@ -121,12 +122,15 @@ class LanguageData(pl.LightningDataModule):
                     f"data.tokenizer_path={self.tokenizer_path}: the corpus {self.corpus.name} was "
                     "made with another tokenizer; name that one, or make the corpus anew"
                 )
-            training = split == "train"
+            training, documents = split == "train", self.documents(split)
+            chats = all(isinstance(document, Conversation) for document in documents)
             self._windows[split] = TokenWindows(
-                encode(self.documents(split), self.tokenizer, self.end_token),
+                encode(documents, self.tokenizer, self.end_token),
                 length=self.sequence_length,
                 end_token=self.end_token,
-                packing=self.packing or not training,
+                # Text is evaluated alike however it is trained on; a model that never saw two
+                # conversations in a window is not asked to read two.
+                packing=self.packing or not (training or chats),
                 shift_windows=self.shift_windows and training,
             )
         return self._windows[split]
