@@ -64,6 +64,7 @@ def composed(tmp_path: Path):
         ("two_skills", ()),
         ("reasoning_gym", ("+data.corpus.exercises.generators.leg_counting={}",)),
         ("answered_files", ("data.corpus.exercises.train_path=mine.jsonl",)),
+        ("answered_hub", ("data.corpus.exercises.id=some/data",)),
     ],
 )
 def test_every_target_is_bound_and_every_parameter_listed(composed, source, overrides) -> None:

@@ -50,7 +50,7 @@ def hub(
     version = {"config_name": config_name, "revision": revision}
 
     def documents(key: str, split: str) -> list[Document]:
-        rows = _rows(id, key, split, version)
+        rows = rows_of(id, key, split, version, prefix="data.corpus")
         rows = rows.select_columns(keys.columns(rows.column_names))
         rows = rows.select(range(min(len(rows), max_documents or len(rows))))
         if len(rows) == 0:
@@ -71,39 +71,52 @@ def hub(
     )
 
 
-def _rows(id: str, key: str, split: str, version: Mapping[str, str | None]) -> Any:
-    """Return a split as a `datasets.Dataset`, from a folder or from the hub."""
+def rows_of(
+    id: str, key: str, split: str, version: Mapping[str, str | None], *, prefix: str
+) -> Any:
+    """Return a split as a `datasets.Dataset`, from a folder or from the hub.
+
+    Args:
+        id: as in `hub`.
+        key: under which the split is named in the config.
+        split: its name.
+        version: `config_name` and `revision`.
+        prefix: where `id` and `key` stand in the config, for messages.
+
+    Raises:
+        UserError: for a data set or split that cannot be loaded.
+    """
     from datasets import load_dataset
 
     folder = Path(id).expanduser()
     if folder.is_dir():
-        return _rows_of_folder(id, folder, key, split, version)
+        return _rows_of_folder(id, folder, key, split, version, prefix)
     try:
         return load_dataset(id, version["config_name"], revision=version["revision"], split=split)
     except Exception as error:  # the library raises whatever hub, network and files make it
         raise UserError(
-            f"data.corpus.id={id}: the data set cannot be loaded with {key}={split}: "
+            f"{prefix}.id={id}: the data set cannot be loaded with {key}={split}: "
             f"{one_line(error)}; check id, split and network; without one, save it elsewhere with "
             "save_to_disk and name that folder"
         ) from error
 
 
 def _rows_of_folder(
-    id: str, folder: Path, key: str, split: str, version: Mapping[str, str | None]
+    id: str, folder: Path, key: str, split: str, version: Mapping[str, str | None], prefix: str
 ) -> Any:
     from datasets import Dataset, load_from_disk
 
     if os.sep not in id:
         # Only what looks like a path goes into a fingerprint by its content.
-        raise UserError(f"data.corpus.id={id}: there is a folder of that name; name it ./{id}")
+        raise UserError(f"{prefix}.id={id}: there is a folder of that name; name it ./{id}")
     for name, value in version.items():
         if value is not None:
-            raise UserError(f"data.corpus.{name}={value}: a folder has none; set it to null")
+            raise UserError(f"{prefix}.{name}={value}: a folder has none; set it to null")
     try:
         found = load_from_disk(str(folder))
     except Exception as error:  # the library raises whatever a broken folder makes it
         raise UserError(
-            f"data.corpus.id={id}: the folder holds no data set: {one_line(error)}; expected what "
+            f"{prefix}.id={id}: the folder holds no data set: {one_line(error)}; expected what "
             "save_to_disk wrote; for a folder of files take data=files "
             f"data.corpus.train_path={id}"
         ) from error
@@ -111,12 +124,12 @@ def _rows_of_folder(
         if key == "train_split":
             return found
         raise UserError(
-            f"data.corpus.{key}={split}: the folder {id} has no splits, its rows are the training "
-            f"part; set data.corpus.{key}=null to hold documents out of it"
+            f"{prefix}.{key}={split}: the folder {id} has no splits, its rows are the training "
+            f"part; set {prefix}.{key}=null to hold documents out of it"
         )
     if split not in found:
         raise UserError(
-            f"data.corpus.{key}={split}: the folder {id} has no such split; it has "
+            f"{prefix}.{key}={split}: the folder {id} has no such split; it has "
             f"{', '.join(map(str, found))}{did_you_mean(split, map(str, found))}"
         )
     return found[split]

@@ -9,7 +9,7 @@ from stillhouse.data.corpora.corpus import Split
 from stillhouse.data.corpora.lines import json_records
 from stillhouse.data.corpora.records import filled, kind_of, listed, string
 from stillhouse.data.tasks.checking import said_answer
-from stillhouse.data.tasks.exercises import Exercise, Exercises, split_of
+from stillhouse.data.tasks.exercises import Exercise, Exercises, with_held_out_exercises
 from stillhouse.errors import UserError
 
 KEY = "data.corpus.exercises"
@@ -44,18 +44,14 @@ def answered_files(
     """
     named: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
     splits = {s: list(_read(f"{KEY}.{s}_path", p, task)) for s, p in named.items() if p is not None}
-    parts: dict[Split, list[Exercise]] = {"train": []}
-    parts |= {split: splits.get(split, []) for split in named}
-    for exercise in _read(f"{KEY}.train_path", train_path, task):
-        split = split_of(f"{exercise.context or ''}\n{exercise.instruction}")
-        parts["train" if split in splits else split].append(exercise)
-    for split, exercises in parts.items():
-        if not exercises:
-            raise UserError(
-                f"{KEY}.train_path={train_path}: none of its exercises falls to {split}; give "
-                f"more, or name {KEY}.{'validation' if split == 'train' else split}_path=<file>"
-            )
-    return Exercises(name=name or Path(train_path).name, licence=licence, splits={**parts})
+    train = list(_read(f"{KEY}.train_path", train_path, task))
+    parts = with_held_out_exercises(
+        train,
+        splits,
+        source=f"{KEY}.train_path={train_path}",
+        naming=f"{KEY}.{{split}}_path=<file>",
+    )
+    return Exercises(name=name or Path(train_path).name, licence=licence, splits=parts)
 
 
 def _read(key: str, value: str, task: str) -> Iterator[Exercise]:
@@ -80,7 +76,7 @@ def _exercise(record: object, place: str, task: str) -> Exercise:
     check = None
     if "expected" in present:
         expected = filled(present["expected"], "'expected'", place)
-        check = partial(is_equal, gold=_parsed(expected, place))
+        check = partial(is_equal, gold=parsed(expected, place))
         if not check(answer):
             raise UserError(
                 f"{place}: 'answer' does not come to 'expected', {expected}; expected it behind "
@@ -96,8 +92,12 @@ def _exercise(record: object, place: str, task: str) -> Exercise:
     )
 
 
-def _parsed(expected: str, place: str) -> list[Any]:
-    """Read an expression, in LaTeX or plain."""
+def parsed(expected: str, place: str) -> list[Any]:
+    """Read an expression, in LaTeX or plain, as `is_equal` takes it.
+
+    Raises:
+        UserError: without math-verify, and for what it does not read.
+    """
     try:
         from math_verify import parse
     except ModuleNotFoundError as error:

@@ -10,6 +10,7 @@ from stillhouse.errors import UserError
 from stillhouse.files import hash_json
 
 HELD_OUT = 0.1
+HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -115,3 +116,35 @@ def fill_splits(
                 f"found for {split}; expected at most as many"
             )
     return {**found}
+
+
+def with_held_out_exercises(
+    train: Sequence[Exercise],
+    given: Mapping[Split, Sequence[Exercise]],
+    *,
+    source: str,
+    naming: str,
+) -> dict[Split, Sequence[Exercise]]:
+    """Return all three splits, those that are not given held out of the training exercises.
+
+    Args:
+        train: the training exercises.
+        given: the validation and test exercises that the set has by itself.
+        source: of the training exercises, key and value.
+        naming: how a user names a split's own exercises, `{split}` standing for the split.
+
+    Raises:
+        UserError: for a split that is left empty.
+    """
+    missing: list[Split] = ["train", *(s for s in HELD_OUT_SPLITS if s not in given)]
+    parts: dict[Split, list[Exercise]] = {split: [] for split in missing}
+    for exercise in train:
+        split = split_of(f"{exercise.context or ''}\n{exercise.instruction}")
+        parts[split if split in parts else "train"].append(exercise)
+    for split, exercises in parts.items():
+        if not exercises:
+            own = naming.format(split="validation" if split == "train" else split)
+            raise UserError(
+                f"{source}: none of its exercises falls to {split}; give more, or name {own}"
+            )
+    return {**parts, **given}
