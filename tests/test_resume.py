@@ -79,6 +79,16 @@ def kill_among_shards(arguments: tuple[str, ...], folder: Path, cache: Path) -> 
             ),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "rewrite",
+            (
+                "experiment=self_data",
+                "stages.rewrite.batch_size=4",
+                "data.corpus.exercises.addition.train_exercises=100",
+                "decoding.max_new_tokens=12",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_killed_stage_of_shards_goes_on_and_leaves_what_an_uninterrupted_one_leaves(
