@@ -205,7 +205,9 @@ def test_a_file_in_the_place_of_the_cache(capfd, here: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "step=1.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", pytest.param("step=1.ckpt", marks=pytest.mark.slow)]
+)
 def test_no_room_on_the_disk(capfd, here: Path, monkeypatch, name: str) -> None:
     """A full disk while the teacher is written, or its checkpoint."""
     import lightning.fabric.utilities.cloud_io as lightning_io

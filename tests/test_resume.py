@@ -68,7 +68,11 @@ def kill_among_shards(arguments: tuple[str, ...], folder: Path, cache: Path) -> 
 @pytest.mark.parametrize(
     ("stage", "arguments"),
     [
-        ("cache", ("teacher=cached", "stages.cache.windows_per_shard=20")),
+        pytest.param(
+            "cache",
+            ("teacher=cached", "stages.cache.windows_per_shard=20"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "generate",
             (

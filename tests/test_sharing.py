@@ -7,6 +7,7 @@ import pytest
 from commands import TINY, only_run, run_here, start_process
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_train_one_teacher(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     arguments = (*TINY, "stages.teacher.trainer.max_steps=40")

@@ -234,6 +234,7 @@ print(json.dumps([len(seen), max(seen) - seen[0]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for its memory")
 def test_two_models_are_merged_in_less_than_the_memory_of_one(tmp_path: Path) -> None:
     """Growth of anonymous resident memory: mapped pages of the inputs can be dropped at any time.
