@@ -27,6 +27,11 @@ UNITS = {
     "kl_to_teacher": "nats a token",
     "top1_agreement": "share of tokens",
     "expected_acceptance": "share of tokens",
+    "accuracy": "share of exercises, mean over tasks",
+    "recovery": "% of the seed's accuracy, mean over tasks",
+    "seed_text_nll": "nats a token",
+    "kl_to_seed": "nats a token",
+    "flops_per_token": "operations",
     "acceptance": "share of tested tokens",
     "block_efficiency": "tokens a pass of the target",
     "speculative_speedup": "times as fast as the target alone",
@@ -41,6 +46,7 @@ UNITS_BY_PART = {
     "_ms": "milliseconds",
     "_mb": "10⁶ bytes",
     "_speedup_n": "times as fast as the reference",
+    "accuracy_": "share of exercises",
 }
 
 
