@@ -43,7 +43,9 @@ def answered_files(
             the package `math-verify` where it is needed.
     """
     named: dict[Split, str | None] = {"validation": validation_path, "test": test_path}
-    splits = {s: list(_read(f"{KEY}.{s}_path", p, task)) for s, p in named.items() if p is not None}
+    splits: dict[Split, list[Exercise]] = {
+        s: list(_read(f"{KEY}.{s}_path", p, task)) for s, p in named.items() if p is not None
+    }
     train = list(_read(f"{KEY}.train_path", train_path, task))
     parts = with_held_out_exercises(
         train,
