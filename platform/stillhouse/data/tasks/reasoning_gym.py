@@ -17,7 +17,7 @@ SPARE = 4
 
 def reasoning_gym(
     *,
-    generators: Mapping[str, Mapping[str, Any]],
+    generators: Mapping[str, Mapping[str, Any] | None],
     train_exercises: int,
     validation_exercises: int,
     test_exercises: int,
@@ -29,7 +29,8 @@ def reasoning_gym(
     `score_answer` gives it the full score.
 
     Args:
-        generators: name -> settings of a generator, those of its `…Config` save size and seed.
+        generators: name -> settings of a generator, those of its `…Config` save size and seed;
+            null leaves it out.
         train_exercises, validation_exercises, test_exercises: how many of each generator.
         seed: of the exercises.
 
@@ -38,21 +39,22 @@ def reasoning_gym(
             that gives no answer, and one with too few different questions.
     """
     sizes = sizes_of(train_exercises, validation_exercises, test_exercises)
-    if not generators:
+    wanted = {name: kept for name, kept in generators.items() if kept is not None}
+    if not wanted:
         raise UserError(f"{KEY}.generators is empty; expected names, such as {{chain_sum: {{}}}}")
     rare = max(validation_exercises, test_exercises) / HELD_OUT
     tries = int(SPARE * max(train_exercises, rare))
     made = [
         fill_splits(
-            _exercises(name, settings or {}, seed, tries),
+            _exercises(name, settings, seed, tries),
             sizes,
             key=KEY,
             what=f"exercises of {name}",
         )
-        for name, settings in generators.items()
+        for name, settings in wanted.items()
     ]
     return Exercises(
-        name=f"reasoning-gym: {', '.join(generators)}",
+        name=f"reasoning-gym: {', '.join(wanted)}",
         licence="Apache-2.0",
         splits={split: [e for splits in made for e in splits[split]] for split in sizes},
     )
