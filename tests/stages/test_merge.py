@@ -192,6 +192,19 @@ def test_folders_that_cannot_be_merged(tmp_path: Path, models, stage_context) ->
     assert refusal(a, b, weight=1.5) == (
         "merging.weight=1.5: expected the share of the second model, from 0 to 1"
     )
+    config = b / "config.json"
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps(written | {"num_attention_heads": 8}))
+    assert refusal(a, b) == (
+        f"stages.merge.other_path={b}: its config.json says num_attention_heads=8, that of {a} "
+        f"{written['num_attention_heads']}; {ONE}"
+    )
+    history = {"use_cache": False, "transformers_version": "5.0.0", "_name_or_path": "b"}
+    config.write_text(json.dumps(written | history))
+    merge(a, b)(stage_context("merge"))
+    config.unlink()
+    assert refusal(a, b) == (f"stages.merge.other_path={b}: the folder has no config.json; {ONE}")
+    config.write_text(json.dumps(written))
     tokenizer = AutoTokenizer.from_pretrained(b)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(b)

@@ -108,6 +108,40 @@ def test_every_target_is_the_answer_or_the_label_and_all_are_counted(path, stage
     )
 
 
+def test_accepted_answers_and_their_labels_are_weighed_as_they_are_learnt(path, stage_context):
+    """Nats a token by hand: asked normally, without the reference, the end token included."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).double().eval()
+    exercises = sums(count=20).splits["train"]
+    answers = {e.answer: f"That is {n + 1}{END}" for n, e in enumerate(exercises) if n < 8}
+    context = stage_context("rewrite")
+    metrics = stage(path, script(path, answers), dtype="float64", batch_size=3)(context).metrics
+    accepted = [row for row in rows_of(context) if row["accepted"]]
+    # An open-ended sum is answered by nonsense, which nothing speaks against.
+    assert len(accepted) == 8 + 4
+    for name, column in (("accepted_nll", "generated"), ("replaced_nll", "reference")):
+        nats, count = 0.0, 0
+        for row in accepted:
+            question = f"<|im_start|>user\n{row['instruction']}{END}\n<|im_start|>assistant\n"
+            start = len(tokenizer(question)["input_ids"])
+            ids = torch.tensor([tokenizer(f"{question}{row[column]}{END}")["input_ids"]])
+            with torch.no_grad():
+                log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            said = log_probs.gather(1, ids[0, 1:, None])[start - 1 :]
+            nats, count = nats - said.sum().item(), count + len(said)
+        assert metrics[name] == pytest.approx(nats / count, rel=1e-9)
+    assert metrics["accepted_nll"] != pytest.approx(metrics["replaced_nll"], rel=1e-3)
+
+
+def test_nothing_is_weighed_where_nothing_is_accepted(path, stage_context):
+    context = stage_context("rewrite")
+    metrics = stage(path, script(path, {}), exercises=node("checked_sums", count=2))(
+        context
+    ).metrics
+    assert metrics["accepted"] == 0
+    assert "accepted_nll" not in metrics
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

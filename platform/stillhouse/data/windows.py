@@ -155,3 +155,17 @@ def collate_windows(windows: Sequence[Window], *, pad_token: int) -> SequenceBat
         attention_mask=None if bool(real.all()) else real,
         windows=torch.tensor(indices) if len(indices) == len(windows) else None,
     )
+
+
+def batch_of_documents(
+    documents: Sequence[TokenDocument], *, end_token: int, pad_token: int
+) -> SequenceBatch:
+    """Return whole documents as the rows of one batch, in their order."""
+    windows = TokenWindows(
+        documents,
+        length=max(len(document.tokens) for document in documents),
+        end_token=end_token,
+        packing=False,
+        shift_windows=False,
+    )
+    return collate_windows(windows.in_order(), pad_token=pad_token)

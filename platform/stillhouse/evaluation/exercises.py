@@ -1,4 +1,4 @@
-"""How many exercises a language model answers rightly."""
+"""How many exercises a language model answers rightly, and how likely given answers are to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,13 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stillhouse.data.conversations import conversation_as_tokens
+from stillhouse.data.documents import Conversation
 from stillhouse.data.tasks.exercises import Exercise
 from stillhouse.data.tasks.questions import end_and_pad, question_tokens
+from stillhouse.data.windows import batch_of_documents
 from stillhouse.errors import UserError
+from stillhouse.evaluation.language import held_out_quality
 from stillhouse.teachers.decoding import Tokens, greedy
 from stillhouse.teachers.sharded_decoding import BatchDecoder, batches_by_length
 
@@ -73,3 +77,32 @@ def accuracy_by_task(
             right.setdefault(exercise.task, []).append(check(str(text)))
     means = {f"accuracy_{task}": sum(r) / len(r) for task, r in sorted(right.items())}
     return {"accuracy": sum(map(sum, right.values())) / len(checked), **means}
+
+
+def nll_of_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answered: Sequence[Conversation],
+    *,
+    batch_size: int,
+) -> float:
+    """Return the nats a token of given answers, their end tokens included.
+
+    Args:
+        model: the model, in eval mode.
+        tokenizer: its own, with a chat template.
+        answered: questions with an answer; one at least.
+        batch_size: answers a batch.
+    """
+    end_token, pad_token = end_and_pad(tokenizer, place="evaluation")
+    documents = sorted(
+        (conversation_as_tokens(conversation, tokenizer) for conversation in answered),
+        key=lambda document: len(document.tokens),
+    )
+    batches = (
+        batch_of_documents(
+            documents[start : start + batch_size], end_token=end_token, pad_token=pad_token
+        ).to(model.device)
+        for start in range(0, len(documents), batch_size)
+    )
+    return held_out_quality(model, None, batches, text_bytes=None)["test_nll"]

@@ -18,7 +18,7 @@ from stillhouse.data.documents import TokenDocument
 from stillhouse.data.language import LanguageData
 from stillhouse.data.tasks.exercises import Exercise, Exercises
 from stillhouse.data.tasks.questions import question_tokens
-from stillhouse.data.windows import TokenWindows
+from stillhouse.data.windows import batch_of_documents
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.exercises import Question, accuracy_by_task
 from stillhouse.evaluation.language import held_out_quality
@@ -190,14 +190,9 @@ def answers_of_the_seed(
                 )
                 for question, answer in zip(batch, decoder(batch), strict=True)
             ]
-            windows = TokenWindows(
-                documents,
-                length=max(len(d.tokens) for d in documents),
-                end_token=data.end_token,
-                packing=False,
-                shift_windows=False,
-            )
-            yield data.collate(windows.in_order()).to(model.device)
+            yield batch_of_documents(
+                documents, end_token=data.end_token, pad_token=data.pad_token
+            ).to(model.device)
 
 
 @torch.no_grad()

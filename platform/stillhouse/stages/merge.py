@@ -1,5 +1,6 @@
 """The stage `merge`: one model out of two of the same shape, tensor by tensor."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from stillhouse.tracking.work import WorkProgress
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICEN[CS]E*", "NOTICE*", "COPYING*")
 # What `transformers` asks of a file.
 PLAIN = {"format": "pt"}
+# What a config says besides how the tensors are used; their types are compared themselves.
+TELLING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 EXAMPLE = "expected two models of one architecture, such as two trainings of one student"
 
 
@@ -62,6 +65,7 @@ class Merge:
         first = stored_weights(self.path, key=f"{key}.path")
         other = stored_weights(self.other_path, key=f"{key}.other_path")
         self._check_same_tensors(first, other, key)
+        self._check_same_config(key)
         self._check_same_tokenizer(key)
         merge = instantiate(self.merging)
         cosines: list[float] = []
@@ -140,6 +144,20 @@ class Merge:
                     "in the other's"
                 )
 
+    def _check_same_config(self, key: str) -> None:
+        """Refuse models that would use the same tensors in other ways."""
+        if not (_folder(self.other_path) / "config.json").is_file():
+            raise UserError(
+                f"{key}.other_path={self.other_path}: the folder has no config.json; {EXAMPLE}"
+            )
+        ours, theirs = (_uses(path) for path in (self.path, self.other_path))
+        for name in sorted({*ours, *theirs}):
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{key}.other_path={self.other_path}: its config.json says {name}="
+                    f"{theirs.get(name)}, that of {self.path} {ours.get(name)}; {EXAMPLE}"
+                )
+
     def _check_same_tokenizer(self, key: str) -> None:
         """Refuse models that speak of other tokens; a folder without a tokenizer says nothing."""
         paths = {"path": self.path, "other_path": self.other_path}
@@ -166,6 +184,12 @@ class Merge:
 
 def _folder(path: str) -> Path:
     return Path(path).expanduser()
+
+
+def _uses(path: str) -> dict[str, Any]:
+    """Return what a folder's config says of the model, and not of how it was written."""
+    said = json.loads((_folder(path) / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in said.items() if name not in TELLING}
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

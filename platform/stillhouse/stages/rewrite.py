@@ -23,6 +23,7 @@ from stillhouse.data.tasks.questions import end_and_pad, question_tokens
 from stillhouse.data.tasks.rewriting import asked_to_rewrite, check_prompt
 from stillhouse.data.vocabulary import load_tokenizer, tokenizer_identity
 from stillhouse.errors import UserError
+from stillhouse.evaluation.exercises import nll_of_answers
 from stillhouse.files import write_json
 from stillhouse.stages.artifacts import Number
 from stillhouse.stages.stage import StageContext, StageResult
@@ -116,9 +117,17 @@ class Rewrite:
         ]
         self._write(context.output, rows, exercises, tokenizer)
         counts = _counts(rows)
+        gap = self._gap([r.exercise for r in requests], rows, model, tokenizer)
         context.console.print(f"{context.name}: {_say(counts)}")
+        if gap:
+            context.console.print(
+                f"{context.name}: accepted answers {gap['accepted_nll']:.3f} nats a token, their "
+                f"labels {gap['replaced_nll']:.3f}"
+            )
         tokens = sum(map(len, continuations))
-        return StageResult(metrics={**counts, "generated_tokens": tokens, "tokens_per_s": rate})
+        return StageResult(
+            metrics={**counts, **gap, "generated_tokens": tokens, "tokens_per_s": rate}
+        )
 
     def _check(self, key: str) -> None:
         check_prompt(self.prompt, key=f"{key}.prompt")
@@ -180,6 +189,31 @@ class Rewrite:
             "target": generated if reason is None else exercise.answer,
             "accepted": reason is None,
             "reason": reason,
+        }
+
+    def _gap(
+        self,
+        exercises: Sequence[Exercise],
+        rows: Sequence[dict[str, Any]],
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> dict[str, Number]:
+        """Return how likely accepted answers are to the model, and the labels that they replace.
+
+        Nats a token as they are learnt: asked normally, the reference out of view. Answers that
+        are no likelier than the labels tell of a prompt that the model does not understand.
+        """
+        accepted = [(e, r) for e, r in zip(exercises, rows, strict=True) if r["accepted"]]
+        if not accepted:
+            return {}
+        return {
+            name: nll_of_answers(
+                model,
+                tokenizer,
+                [exercise.answered(row[column]) for exercise, row in accepted],
+                batch_size=self.batch_size,
+            )
+            for name, column in (("accepted_nll", "target"), ("replaced_nll", "reference"))
         }
 
     def _write(
