@@ -14,7 +14,7 @@ from stillhouse.files import write_json
 from stillhouse.jobs.finished_run import FinishedRun, as_texts, model_path, read_run
 from stillhouse.jobs.places import output_folder
 from stillhouse.tracking.compare import publish
-from stillhouse.tracking.report import results_table
+from stillhouse.tracking.report import print_results
 
 STAGE = "stillhouse.stages.evaluate.Evaluate"
 
@@ -46,7 +46,7 @@ def evaluate_run(config: DictConfig, folder: Path) -> None:
         evaluated = instantiate(evaluator)(
             models, instantiate(data, _recursive_=False)(stage["seed"])
         )
-    console.print(results_table(run.recipe, evaluated.models))
+    print_results(run.recipe, evaluated.models, console)
 
     def write(target: Path) -> None:
         write_json(target / "models.json", evaluated.models)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from stillhouse.files import SERIES
 from stillhouse.tracking.runs import RunRecord
 from stillhouse.tracking.series import read_series
+
+# What a column of a table takes besides its text.
+BORDER = 3
 
 
 def print_outcome(record: RunRecord, console: Console) -> None:
@@ -19,7 +22,7 @@ def print_outcome(record: RunRecord, console: Console) -> None:
 
     folder = record.folder
     if record.models:
-        console.print(results_table(record.info.recipe, record.models))
+        print_results(record.info.recipe, record.models, console)
     rows = read_series(folder / SERIES) if (folder / SERIES).exists() else []
     if rows:
         title = f"{record.info.recipe}, seed {record.info.seed}"
@@ -56,15 +59,28 @@ def collect_pictures(folder: Path) -> dict[str, str]:
     return drawn
 
 
-def results_table(title: str, models: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return a table with a row a metric and a column a role."""
+def print_results(title: str, models: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Print a row a metric and a column a role, in as many tables as the terminal's width asks."""
     metrics = list(dict.fromkeys(m for numbers in models.values() for m in numbers))
-    table = Table("metric", title=title)
-    for role in models:
-        table.add_column(role, justify="right", no_wrap=True)
-    for metric in metrics:
-        table.add_row(metric, *(format_number(n.get(metric)) for n in models.values()))
-    return table
+    columns = {
+        role: [role, *(format_number(numbers.get(metric)) for metric in metrics)]
+        for role, numbers in models.items()
+    }
+    taken = 0
+    parts: list[list[str]] = [[]]
+    for role, cells in columns.items():
+        width = max(map(len, cells)) + BORDER
+        if parts[-1] and taken + width > console.width:
+            parts.append([])
+        taken = width + (taken if parts[-1] else max(map(len, ["metric", *metrics])) + BORDER + 1)
+        parts[-1].append(role)
+    for part in parts:
+        table = Table(Column("metric", no_wrap=True), title=title)
+        for role in part:
+            table.add_column(role, justify="right", no_wrap=True)
+        for i, metric in enumerate(metrics, start=1):
+            table.add_row(metric, *(columns[role][i] for role in part))
+        console.print(table)
 
 
 def format_number(value: Any) -> str:
