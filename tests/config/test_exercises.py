@@ -42,6 +42,8 @@ data:
       rewriting: null
 """
 
+TASKS = ROOT / "platform/stillhouse/data/tasks"
+
 
 @pytest.fixture
 def composed(tmp_path: Path):
@@ -65,6 +67,9 @@ def composed(tmp_path: Path):
         ("reasoning_gym", ("+data.corpus.exercises.generators.leg_counting={}",)),
         ("answered_files", ("data.corpus.exercises.train_path=mine.jsonl",)),
         ("answered_hub", ("data.corpus.exercises.id=some/data",)),
+        ("gsm8k", ()),
+        ("alpaca", ()),
+        ("dolly", ()),
     ],
 )
 def test_every_target_is_bound_and_every_parameter_listed(composed, source, overrides) -> None:
@@ -77,7 +82,8 @@ def test_every_target_is_bound_and_every_parameter_listed(composed, source, over
         seen.add(target.__module__.removeprefix("stillhouse."))
         missing = set(signatures.keywords_of(target) or {}) - set(node)
         assert not missing, f"{path} does not list {missing}"
-    assert {"stages.rewrite", "data.corpora.rewritten", f"data.tasks.{source}"} <= seen
+    module = source if (TASKS / f"{source}.py").is_file() else "answered_hub"
+    assert {"stages.rewrite", "data.corpora.rewritten", f"data.tasks.{module}"} <= seen
 
 
 def test_the_mixture_of_the_group_is_three_skills_and_a_recipe_takes_one_alone(composed) -> None:
@@ -106,3 +112,20 @@ def test_the_phrases_that_give_the_wording_away_are_forbidden(composed) -> None:
     assert rewrite.forbidden_start == "your turn"
     shown = rewrite.prompt.format(instruction="<asked>", reference="<label>")
     assert "### Instruction:\n<asked>\n\n### Reference Answer:\n<label>\n\n### Response:" in shown
+
+
+def test_each_repair_on_smollm2_has_tasks_of_its_own_and_all_are_asked() -> None:
+    """A node written over an interpolation keeps the keys of what that one names."""
+    register_schemas()
+    register_resolvers()
+    config = preflight.compose_job(["experiment=self_data_smollm2"], ROOT / "conf")
+
+    def asked(node) -> set[str]:
+        return {n for n, settings in node.exercises.generators.items() if settings is not None}
+
+    sums, products = {"chain_sum", "basic_arithmetic"}, {"products"}
+    assert asked(config.data.corpus) == asked(config.stages.rewrite) == sums
+    assert asked(config.stages.self_data.data.corpus) == sums
+    assert asked(config.stages.rewrite_products) == products
+    assert asked(config.stages.products.data.corpus) == products
+    assert asked(config.evaluation) == sums | products

@@ -25,6 +25,12 @@ def exercises():
     return made()
 
 
+def test_null_leaves_a_generator_out():
+    some = made({"chain_sum": {"max_terms": 3}, "gsm_symbolic": None})
+    assert {e.task for e in some.splits["train"]} == {"chain_sum"}
+    assert some.name == "reasoning-gym: chain_sum"
+
+
 def of(exercises, task):
     return [e for e in exercises.splits["train"] if e.task == task]
 
@@ -166,7 +172,7 @@ def test_what_the_package_cannot_give_is_refused(generators, changes, line):
 
 def test_no_generators_are_refused():
     with pytest.raises(UserError) as caught:
-        reasoning_gym(generators={}, **SIZES)
+        reasoning_gym(generators={"chain_sum": None}, **SIZES)
     assert str(caught.value) == (
         f"{KEY}.generators is empty; expected names, such as {{chain_sum: {{}}}}"
     )
