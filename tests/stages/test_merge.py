@@ -213,6 +213,26 @@ def test_folders_that_cannot_be_merged(tmp_path: Path, models, stage_context) ->
     )
 
 
+def test_what_is_not_finite_is_refused(tmp_path: Path, stage_context) -> None:
+    fine, large = {"n": torch.ones(3)}, {"n": torch.full((3,), 4e4, dtype=torch.float16)}
+    a = folder_of(tmp_path / "a", fine)
+    b = folder_of(tmp_path / "b", {"n": torch.tensor([1.0, float("nan"), 1.0])})
+    for first, other, where in ((a, b, "other_path"), (b, a, "path")):
+        with pytest.raises(UserError) as refused:
+            merge(first, other)(stage_context("merge"))
+        assert str(refused.value) == (
+            f"stages.merge.{where}={b}: its tensor n holds NaN or infinity; expected a model that "
+            "was trained without; take an earlier one"
+        )
+    c, d = (folder_of(tmp_path / name, large) for name in "cd")
+    with pytest.raises(UserError) as refused:
+        merge(c, d, "weighted_sum", first_weight=1.0, second_weight=1.0)(stage_context("merge"))
+    assert str(refused.value) == (
+        "stages.merge: the merged tensor n is too large for the type F16; lower the weights of "
+        "merging, or save both models as F32"
+    )
+
+
 MEASURE = """
 import io, json, sys, threading, time
 from pathlib import Path

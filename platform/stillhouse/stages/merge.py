@@ -27,7 +27,7 @@ from stillhouse.students.weight_files import (
     stored_weights,
     write_weights,
 )
-from stillhouse.students.weight_merging import cosine
+from stillhouse.students.weight_merging import cosine, is_finite
 from stillhouse.tracking.work import WorkProgress
 
 # What stands beside the weights and is the first model's: config, tokenizer, code, licence.
@@ -105,12 +105,25 @@ class Merge:
         """Return the merged tensor, and the cosine between the two where there is one.
 
         Raises:
-            UserError: for different tensors of a type that cannot be merged.
+            UserError: for different tensors of a type that cannot be merged, and for what is not
+                finite.
         """
         a, b = first.read(name), other.read(name)
         dtype = first.describe(name).dtype
         if dtype in FLOATS:
-            return merge(a, b), cosine(a, b)
+            for where, path, tensor in (("path", self.path, a), ("other_path", self.other_path, b)):
+                if not is_finite(tensor):
+                    raise UserError(
+                        f"{key}.{where}={path}: its tensor {name} holds NaN or infinity; expected "
+                        "a model that was trained without; take an earlier one"
+                    )
+            merged = merge(a, b)
+            if not is_finite(merged):
+                raise UserError(
+                    f"{key}: the merged tensor {name} is too large for the type {dtype}; lower the "
+                    "weights of merging, or save both models as F32"
+                )
+            return merged, cosine(a, b)
         if not torch.equal(_as_bytes(a), _as_bytes(b)):
             raise UserError(
                 f"{key}.other_path={self.other_path}: its tensor {name} differs from that of "

@@ -97,6 +97,11 @@ def cosine(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> float | None:
     return max(-1.0, min(1.0, dot / math.sqrt(of_a) / math.sqrt(of_b)))
 
 
+def is_finite(tensor: Float[Tensor, "..."]) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(ENTRIES_AT_A_TIME))
+
+
 def _sum(a: Tensor, weight_of_a: float, b: Tensor, weight_of_b: float) -> Tensor:
     """Return w_a a + w_b b."""
     merged = torch.empty_like(a, memory_format=torch.contiguous_format)

@@ -57,6 +57,11 @@ def test_records_become_exercises_and_conversations():
         ),
         (r"\frac{1}{2}", ["0.5", "it is $\\frac{2}{4}$"], ["$\\frac{1}{3}$", "2"]),
         ("$x+1$", ["$1+x$"], ["$x-1$"]),
+        ("x+1", ["x+1", "Answer: 1+x", "$1+x$"], ["x", "1"]),
+        ("sqrt(2)", ["sqrt(2)", "$\\sqrt{2}$"], ["2"]),
+        ("(2,3)", ["(2,3)"], ["(2,4)", "2"]),
+        ("42 dollars", ["42 dollars", "That makes 42."], ["41 dollars", "42.5"]),
+        ("12:30", ["12:30"], ["12", "30"]),
     ],
 )
 def test_an_expected_answer_is_compared_as_mathematics(expected, right, wrong):

@@ -1,5 +1,6 @@
 """A user's own questions and answers, in JSON lines."""
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from stillhouse.data.tasks.exercises import Exercise, Exercises, with_held_out_e
 from stillhouse.errors import UserError
 
 KEY = "data.corpus.exercises"
+# Letters in a row that are no command of LaTeX.
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 EXAMPLE = '{"instruction": "…", "answer": "…"}'
 
 
@@ -107,7 +110,8 @@ def parsed(expected: str, place: str) -> list[Any]:
             f"{place}: 'expected' is checked with the package math-verify, which is not installed; "
             "install it with: pip install 'stillhouse[tasks]'"
         ) from error
-    gold = parse(expected if "$" in expected else f"${expected}$")
+    # Of 42 dollars the unit is a word, and no product of seven letters.
+    gold = (parse(expected) if WORD.search(expected) else []) or parse(_as_latex(expected))
     if not gold:
         raise UserError(
             f"{place}: 'expected' is {expected!r}, which math-verify does not read; expected a "
@@ -120,4 +124,10 @@ def is_equal(text: str, *, gold: list[Any]) -> bool:
     """Whether a text answers with an expression that is equal to `gold`."""
     from math_verify import parse, verify
 
-    return verify(gold, parse(said_answer(text)))
+    said = said_answer(text)
+    # Prose is read for the number in it, an expression alone, such as x+1, as what it is.
+    return any(verify(gold, parse(reading)) for reading in (said, _as_latex(said)))
+
+
+def _as_latex(expression: str) -> str:
+    return expression if "$" in expression else f"${expression}$"
