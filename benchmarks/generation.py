@@ -22,8 +22,7 @@ from omegaconf import OmegaConf
 
 from stillhouse.data.language import LanguageData
 from stillhouse.data.tasks.exercises import Exercises
-from stillhouse.data.tasks.questions import question_tokens
-from stillhouse.evaluation.exercises import Question
+from stillhouse.evaluation.exercises import Question, questions_of
 from stillhouse.jobs.finished_run import read_run
 from stillhouse.stages.runner import quiet_libraries
 from stillhouse.students.causal_lm import load_causal_lm
@@ -83,10 +82,7 @@ def main() -> None:
     path = run.model(settings["role"])
     model: Any = load_causal_lm(path, dtype="float32", attn_implementation="sdpa", key="run")
     model.eval()
-    questions = [
-        Question(question_tokens(e.question(), data.tokenizer, opening="", place=e.place), [])
-        for e in asked
-    ]
+    questions = questions_of(asked, data.tokenizer)
     limit = int(settings["max_new_tokens"])
     decoder = BatchDecoder(
         model, partial(greedy, max_new_tokens=limit), data.end_token, data.pad_token

@@ -48,6 +48,17 @@ def test_what_is_not_named_is_held_out(id):
     assert all(5 < len(parts[split]) < 40 for split in ("validation", "test"))
 
 
+@pytest.mark.parametrize("id", ["./saved", "./rows"])
+def test_a_slice_of_a_saved_split_is_a_slice(id):
+    for slice_, kept in (
+        ("[:100]", TEXTS[:100]),
+        ("[50%:]", TEXTS[100:]),
+        ("[10:-20]", TEXTS[10:-20]),
+    ):
+        corpus = hub(id=id, train_split=f"train{slice_}", held_out=0.1)
+        assert sorted(d for s in corpus.splits for d in corpus.documents(s)) == sorted(kept)
+
+
 def test_the_first_documents_of_every_split_are_enough():
     corpus = hub(id="./saved", validation_split="train", test_split="chats", max_documents=3)
     assert corpus.documents("train") == corpus.documents("validation") == TEXTS[:3]
@@ -93,6 +104,16 @@ def test_a_split_without_documents(monkeypatch, datasets):
             {"id": "./saved", "train_split": "trian"},
             "data.corpus.train_split=trian: the folder ./saved has no such split; it has train, "
             "chats; did you mean 'train'?",
+        ),
+        (
+            {"id": "./rows", "train_split": "foo"},
+            "data.corpus.train_split=foo: the folder ./rows has no splits, its rows are the "
+            "training part; set data.corpus.train_split=train or a slice of it",
+        ),
+        (
+            {"id": "./saved", "train_split": "train[a:]"},
+            "data.corpus.train_split=train[a:]: Unrecognized instruction format: train[a:]; "
+            "expected a split or a slice of one, such as train[:1000]",
         ),
         (
             {"id": "./rows", "test_split": "test"},

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from chats import END
 from exercise_cases import node, save_chat_model, sums
 
 from stillhouse.data.language import LanguageData
@@ -64,6 +65,7 @@ def report(models: Any, data: LanguageData, exercises: Exercises, **changes: Any
         "speed_new_tokens": 2,
         "speed_repeats": 1,
         "dtype": "float32",
+        "attn_implementation": "sdpa",
     }
     return recovery(models, data, **(settings | changes)).models
 
@@ -185,3 +187,23 @@ def test_a_reference_that_is_no_role_and_numbers_that_are_too_small(models, data
     with pytest.raises(UserError) as refused:
         report(models, data, sums(count=3), exercises_per_task=0)
     assert str(refused.value) == "evaluation.exercises_per_task=0: expected 1 or more"
+
+
+def test_answers_that_a_model_has_no_positions_for(models, data):
+    asked = sums(count=3)
+    limit = load(models["seed"]).config.max_position_embeddings
+    longest = max(
+        len(
+            data.tokenizer(
+                f"<|im_start|>user\n{e.instruction}{END}\n<|im_start|>assistant\n"
+            ).input_ids
+        )
+        for e in asked.splits["test"]
+    )
+    room = limit - longest
+    with pytest.raises(UserError) as refused:
+        report(models, data, asked, max_new_tokens=room + 1)
+    assert str(refused.value) == (
+        f"max_new_tokens={room + 1}: with the {longest} tokens of the longest prompt this is more "
+        f"than the {limit} positions of models.seed; expected at most {room}"
+    )

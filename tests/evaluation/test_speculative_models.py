@@ -55,6 +55,7 @@ def evaluate(models: dict[str, str], world: Any, **changes: Any) -> Any:
         "repeats": 1,
         "seed": 0,
         "dtype": "float32",
+        "attn_implementation": "sdpa",
     }
     return speculative_decoding(models, world.data(), **(settings | changes)).models
 

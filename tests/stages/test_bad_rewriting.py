@@ -82,6 +82,21 @@ def test_a_tokenizer_that_cannot_ask_is_refused(
     assert str(caught.value) == f"stages.rewrite.path={mute}{words.format(path=mute)}"
 
 
+def test_a_template_that_closes_answers_otherwise_is_refused(tmp_path, tiny_llama, stage_context):
+    """As Gemma's: the end token ends the text, another one the turn, and no answer seems whole."""
+    turns = save_chat_model(tmp_path / "turns", tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(turns)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<end_of_turn>")
+    tokenizer.save_pretrained(turns)
+    with pytest.raises(UserError) as caught:
+        stage(turns, GREEDY)(stage_context("rewrite"))
+    assert str(caught.value) == (
+        f"stages.rewrite.path={turns}: the chat template of {turns} closes an answer with "
+        "'<end_of_turn>' and not with the end token '<|im_end|>', by which it is known to be "
+        "whole; make the token of the template the eos_token of the tokenizer and save it"
+    )
+
+
 def test_a_template_that_refuses_a_question_is_named(tmp_path, tiny_llama, stage_context):
     strict = save_chat_model(tmp_path / "strict", tiny_llama)
     tokenizer = AutoTokenizer.from_pretrained(strict)

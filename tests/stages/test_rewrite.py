@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from chats import END
+from chats import CHATML, END, chat_tokenizer
 from datasets import load_from_disk
 from exercise_cases import (
     FORBIDDEN,
@@ -17,7 +17,8 @@ from exercise_cases import (
     stage,
     sums,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from stillhouse.data.corpora.rewritten import rewritten
 from stillhouse.data.language import LanguageData
@@ -179,6 +180,43 @@ def test_half_a_character_is_not_text(path):
         for t in (tokens, [*tokens[:-2], tokens[-1]])
     ]
     assert reasons == [None, "not_text"]
+
+
+def test_a_space_behind_the_opening_is_kept_by_decoders_that_drop_the_first():
+    """As SentencePiece's: a text's first space is the tokenizer's own, and dropped."""
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", END], show_progress=False)
+    pieces.train_from_iterator(["Step by step. First we add."] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END, unk_token="<unk>")
+    tokens = tokenizer("Step by step. First we add.")["input_ids"]
+    opening = tokenizer("Step by step.")["input_ids"]
+    assert tokens[: len(opening)] == opening
+    written = module._Reader(tokenizer, "Step by step.")([*tokens[len(opening) :], 1])
+    assert written.text == "Step by step. First we add."
+    alone = module._Reader(tokenizer, "")([*tokens, 1])
+    assert alone.text == "Step by step. First we add."
+    assert alone.ended
+
+
+def test_a_label_beyond_the_positions_is_not_weighed(tmp_path, stage_context, tiny_llama):
+    """The prompt just fits; the label with what closes its turn does not."""
+    tokenizer = chat_tokenizer(CHATML)
+    question = f"<|im_start|>user\n1+1=?so 1+1=2{END}\n<|im_start|>assistant\n"
+    positions = len(tokenizer(question)["input_ids"]) + 1
+    exercises = node("checked_sums", count=2)
+    for room, weighed in ((0, False), (2, True)):
+        short = save_chat_model(
+            tmp_path / f"short {room}", tiny_llama, max_position_embeddings=positions + room
+        )
+        decoding = script(short, {"so 1+1=2": f"2{END}"}) | {"max_new_tokens": 1}
+        changes = {"exercises": exercises, "prompt": "{instruction}{reference}"}
+        metrics = stage(short, decoding, **changes)(stage_context(f"rewrite {room}")).metrics
+        assert metrics["accepted"] == 1
+        assert ("accepted_nll" in metrics) is weighed
 
 
 @pytest.mark.parametrize(

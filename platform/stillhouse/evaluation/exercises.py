@@ -62,10 +62,7 @@ def accuracy_by_task(
             "checked; expected some to measure an accuracy"
         )
     end_token, pad_token = end_and_pad(tokenizer, place="evaluation")
-    questions = [
-        Question(question_tokens(e.question(), tokenizer, opening="", place=e.place), [])
-        for e, _ in checked
-    ]
+    questions = questions_of([exercise for exercise, _ in checked], tokenizer)
     decode = partial(greedy, max_new_tokens=max_new_tokens)
     decoder = BatchDecoder(model, decode, end_token, pad_token)
     right: dict[str, list[bool]] = {}
@@ -73,10 +70,22 @@ def accuracy_by_task(
         answers = decoder([questions[i] for i in indices])
         for i, tokens in zip(indices, answers, strict=True):
             exercise, check = checked[i]
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             right.setdefault(exercise.task, []).append(check(str(text)))
     means = {f"accuracy_{task}": sum(r) / len(r) for task, r in sorted(right.items())}
     return {"accuracy": sum(map(sum, right.values())) / len(checked), **means}
+
+
+def questions_of(
+    exercises: Sequence[Exercise], tokenizer: PreTrainedTokenizerBase
+) -> list[Question]:
+    """Return exercises as a model is asked them, in their order."""
+    return [
+        Question(question_tokens(e.question(), tokenizer, opening="", place=e.place), [])
+        for e in exercises
+    ]
 
 
 def nll_of_answers(

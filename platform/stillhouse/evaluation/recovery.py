@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from stillhouse.data.documents import TokenDocument
 from stillhouse.data.language import LanguageData
 from stillhouse.data.tasks.exercises import Exercise, Exercises
-from stillhouse.data.tasks.questions import question_tokens
 from stillhouse.data.windows import batch_of_documents
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.evaluation.exercises import Question, accuracy_by_task
+from stillhouse.evaluation.exercises import accuracy_by_task, questions_of
 from stillhouse.evaluation.language import held_out_quality
 from stillhouse.evaluation.language_models import Evaluated
+from stillhouse.evaluation.positions import check_positions
 from stillhouse.evaluation.speed import size_and_speed, some_tokens
 from stillhouse.records.language import SequenceBatch
 from stillhouse.students.causal_lm import load_causal_lm
@@ -46,6 +46,7 @@ def recovery(
     speed_new_tokens: int,
     speed_repeats: int,
     dtype: str,
+    attn_implementation: str,
 ) -> Evaluated:
     """Measure every model on the test exercises, and on what the seed itself answers to them.
 
@@ -60,6 +61,7 @@ def recovery(
         seed: of the seed model's own answers, drawn at temperature 1.
         speed_context, speed_new_tokens, speed_repeats: how speed is measured.
         dtype: torch dtype of the weights while evaluating.
+        attn_implementation: attention of `transformers`.
 
     Returns:
         By role: where answers can be checked `accuracy_<task>`, their mean `accuracy`, and
@@ -70,15 +72,19 @@ def recovery(
         of `size_and_speed`.
 
     Raises:
-        UserError: for a reference that is no role, and numbers below 1.
+        UserError: for a reference that is no role, numbers below 1, and answers that a model has no
+            positions for.
     """
     _check(models, reference, {"exercises_per_task": exercises_per_task, "batch_size": batch_size})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = first_of_every_task(exercises.splits["test"], exercises_per_task)
+    longest = max(len(q.tokens) for q in questions_of(chosen, data.tokenizer))
 
     def load(role: str) -> PreTrainedModel:
         model: Any = load_causal_lm(
-            models[role], dtype=dtype, attn_implementation="sdpa", key=f"models.{role}"
+            models[role], dtype=dtype, attn_implementation=attn_implementation, key=f"models.{role}"
         )
+        check_positions(model, role, longest, max_new_tokens)
         return model.to(device).eval()
 
     def answered_rightly(model: PreTrainedModel, asked: Sequence[Exercise]) -> dict[str, float]:
@@ -93,7 +99,6 @@ def recovery(
         del shares["accuracy"]
         return {"accuracy": sum(shares.values()) / len(shares), **shares}
 
-    chosen = first_of_every_task(exercises.splits["test"], exercises_per_task)
     seed_model = load(reference)
     own_answers = list(
         answers_of_the_seed(
@@ -172,10 +177,7 @@ def answers_of_the_seed(
         batch_size: questions a batch.
         seed: of the draws.
     """
-    questions = [
-        Question(question_tokens(e.question(), data.tokenizer, opening="", place=e.place), [])
-        for e in exercises
-    ]
+    questions = questions_of(exercises, data.tokenizer)
     decode = partial(sampled, max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0)
     decoder = BatchDecoder(model, decode, data.end_token, data.pad_token)
     with torch.random.fork_rng():

@@ -16,6 +16,7 @@ from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.language_models import Evaluated
+from stillhouse.evaluation.positions import check_positions
 from stillhouse.evaluation.sharing_costs import ratio_of_medians
 from stillhouse.evaluation.speculative import Speculation, check_rollback, speculate
 from stillhouse.evaluation.speed import seconds
@@ -35,6 +36,7 @@ def speculative_decoding(
     repeats: int,
     seed: int,
     dtype: str,
+    attn_implementation: str,
 ) -> Evaluated:
     """Let every model draft for the reference, batch 1, two models loaded at a time.
 
@@ -55,6 +57,7 @@ def speculative_decoding(
         repeats: turns of each side, after one that does not count.
         seed: of the draws.
         dtype: torch dtype of the weights.
+        attn_implementation: attention of `transformers`.
 
     Returns:
         Of every role but the reference `acceptance`, the share of the tested tokens that were kept;
@@ -86,9 +89,11 @@ def speculative_decoding(
 
     def load(role: str) -> PreTrainedModel:
         key = f"models.{role}"
-        model: Any = load_causal_lm(models[role], dtype=dtype, attn_implementation="sdpa", key=key)
+        model: Any = load_causal_lm(
+            models[role], dtype=dtype, attn_implementation=attn_implementation, key=key
+        )
         check_rollback(model, where=f"{key}.path={models[role]}")
-        _check_positions(model, role, max(map(len, prompts)), max_new_tokens)
+        check_positions(model, role, max(map(len, prompts)), max_new_tokens)
         return model.to(device).eval()
 
     target = load(reference)
@@ -193,15 +198,4 @@ def _check_numbers(max_new_tokens: int, temperature: float, **counts: int) -> No
     if not 0 <= temperature < math.inf:
         raise UserError(
             f"temperature={temperature}: expected 0, which takes the likeliest token, or more"
-        )
-
-
-def _check_positions(model: PreTrainedModel, role: str, prompt: int, max_new_tokens: int) -> None:
-    """Refuse a text that the model has no positions for."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt + max_new_tokens > limit:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens}: with the {prompt} tokens of the longest prompt this "
-            f"is more than the {limit} positions of models.{role}; expected at most "
-            f"{max(0, limit - prompt)}"
         )

@@ -6,6 +6,7 @@ The targets of "Self-Data Distillation for Recovering Quality in Pruned Large La
     ŷ ~ p(. | c, x, y),   target = ŷ if it is accepted, else y
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerBase
 
+from stillhouse.data.conversations import conversation_as_tokens
 from stillhouse.data.corpora.generated import PROVENANCE
 from stillhouse.data.tasks.accepting import REASONS, TOO_LONG, Written, reason_against
 from stillhouse.data.tasks.exercises import Exercise, Exercises
@@ -201,19 +203,24 @@ class Rewrite:
         """Return how likely accepted answers are to the model, and the labels that they replace.
 
         Nats a token as they are learnt: asked normally, the reference out of view. Answers that
-        are no likelier than the labels tell of a prompt that the model does not understand.
+        are no likelier than the labels tell of a prompt that the model does not understand. A pair
+        with one that is longer than the model's positions is left out.
         """
-        accepted = [(e, r) for e, r in zip(exercises, rows, strict=True) if r["accepted"]]
-        if not accepted:
-            return {}
+        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+        columns = {"accepted_nll": "target", "replaced_nll": "reference"}
+        pairs = [
+            [exercise.answered(row[column]) for column in columns.values()]
+            for exercise, row in zip(exercises, rows, strict=True)
+            if row["accepted"]
+        ]
+        fitting = [
+            pair
+            for pair in pairs
+            if all(len(conversation_as_tokens(one, tokenizer).tokens) <= limit for one in pair)
+        ]
         return {
-            name: nll_of_answers(
-                model,
-                tokenizer,
-                [exercise.answered(row[column]) for exercise, row in accepted],
-                batch_size=self.batch_size,
-            )
-            for name, column in (("accepted_nll", "target"), ("replaced_nll", "reference"))
+            name: nll_of_answers(model, tokenizer, answers, batch_size=self.batch_size)
+            for name, answers in zip(columns, zip(*fitting, strict=True), strict=False)
         }
 
     def _write(
@@ -252,16 +259,22 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, opening: str) -> None:
         self.tokenizer, self.opening = tokenizer, opening
+        self._before: Tokens = tokenizer(opening, add_special_tokens=False)["input_ids"]
         self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def __call__(self, tokens: Tokens) -> Written:
         """Return what a model wrote."""
         ended = bool(tokens) and tokens[-1] == self.tokenizer.eos_token_id
         body = tokens[:-1] if ended else tokens
-        text = self.tokenizer.decode(body, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
+        # Some decoders drop the space that a text begins with: behind an opening there is one.
+        text = self._text([*self._before, *body])[len(self._text(self._before)) :]
         strange = not self.special.isdisjoint(body)
         return Written(self.opening, text, ended, has_special_token=strange)
+
+    def _text(self, tokens: Tokens) -> str:
+        text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Number]:

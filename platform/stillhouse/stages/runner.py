@@ -326,7 +326,7 @@ def _storage_errors(workspace: Workspace) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if full or "No space left on device" in str(error):
             name = getattr(error, "filename", None)
             raise UserError(

@@ -120,16 +120,38 @@ def _rows_of_folder(
             "save_to_disk wrote; for a folder of files take data=files "
             f"data.corpus.train_path={id}"
         ) from error
+    name = split.partition("[")[0]
     if isinstance(found, Dataset):
-        if key == "train_split":
-            return found
-        raise UserError(
-            f"{prefix}.{key}={split}: the folder {id} has no splits, its rows are the training "
-            f"part; set {prefix}.{key}=null to hold documents out of it"
-        )
-    if split not in found:
+        if name != "train":
+            way_out = (
+                "train or a slice of it"
+                if key == "train_split"
+                else "null to hold documents out of it"
+            )
+            raise UserError(
+                f"{prefix}.{key}={split}: the folder {id} has no splits, its rows are the training "
+                f"part; set {prefix}.{key}={way_out}"
+            )
+        return _part(found, split, f"{prefix}.{key}={split}")
+    if name not in found:
         raise UserError(
             f"{prefix}.{key}={split}: the folder {id} has no such split; it has "
-            f"{', '.join(map(str, found))}{did_you_mean(split, map(str, found))}"
+            f"{', '.join(map(str, found))}{did_you_mean(name, map(str, found))}"
         )
-    return found[split]
+    return _part(found[name], split, f"{prefix}.{key}={split}")
+
+
+def _part(rows: Any, split: str, where: str) -> Any:
+    """Return the slice of a split that `train[:1000]` or `train[10%:]` names, read as the hub's."""
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"{where}: {error}; expected a split or a slice of one, such as train[:1000]"
+        ) from error
+    ((start, stop),) = [
+        (part.from_ or 0, len(rows) if part.to is None else part.to) for part in parts
+    ]
+    return rows if (start, stop) == (0, len(rows)) else rows.select(range(start, stop))

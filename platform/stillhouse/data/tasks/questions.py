@@ -14,7 +14,8 @@ def end_and_pad(tokenizer: PreTrainedTokenizerBase, *, place: str) -> tuple[int,
     """Return the tokens that end an answer and fill a batch; the end token where none pads.
 
     Raises:
-        UserError: for a tokenizer without an end token.
+        UserError: for a tokenizer without an end token, or whose chat template closes an answer
+            with something else.
     """
     special: Any = tokenizer
     end, pad = special.eos_token_id, special.pad_token_id
@@ -23,7 +24,26 @@ def end_and_pad(tokenizer: PreTrainedTokenizerBase, *, place: str) -> tuple[int,
             f"{place}: the tokenizer {tokenizer.name_or_path} has no end token, by which an answer "
             "is known to be whole; name a model whose tokenizer has one"
         )
+    if tokenizer.chat_template is not None:
+        _check_that_it_closes_answers(tokenizer, str(special.eos_token), place)
     return end, end if pad is None else pad
+
+
+def _check_that_it_closes_answers(tokenizer: PreTrainedTokenizerBase, end: str, place: str) -> None:
+    answer = "an answer"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # questions themselves say what such a template refuses
+        return
+    assert isinstance(text, str)
+    closing = text.rpartition(answer)[2].strip()
+    if not closing.startswith(end):
+        raise UserError(
+            f"{place}: the chat template of {tokenizer.name_or_path} closes an answer with "
+            f"{closing!r} and not with the end token {end!r}, by which it is known to be whole; "
+            "make the token of the template the eos_token of the tokenizer and save it"
+        )
 
 
 def question_tokens(
