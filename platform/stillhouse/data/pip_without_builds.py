@@ -58,7 +58,7 @@ def answer(name: str, version: str, script: str, hook: str, folder: str) -> None
 
 if __name__ == "__main__":
     # A script's folder comes first on the path, and this one's modules are not pip's.
-    sys.path.pop(0)
+    sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
     if sys.argv[1] == "--answer":
         answer(*sys.argv[2:])
     else:

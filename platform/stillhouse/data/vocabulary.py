@@ -5,14 +5,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stillhouse.errors import UserError
 from stillhouse.files import hash_json
 
+ONE_VOCABULARY = (
+    "this family compares distributions over one vocabulary, so teacher, student and data need one "
+    "tokenizer: take a teacher and a student of one family (teacher=hf teacher.path=…, which the "
+    "data follow); student=llama is made for any"
+)
 
-def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: str) -> None:
+
+def check_same_tokenizer(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, key: str, way_out: str = ONE_VOCABULARY
+) -> None:
     """Compare the tokenizer in a model's folder with the one that made the data.
 
     Args:
         path: folder or hub id of a model with its tokenizer.
         tokenizer: the data's.
         key: where the path stands in the config, for the message.
+        way_out: why the two must be one, and what mends it, for the message.
 
     Raises:
         UserError: when there is no tokenizer, or its vocabulary differs from the data's.
@@ -24,10 +33,7 @@ def check_same_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, *, key: 
     differing = [t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t)]
     raise UserError(
         f"{key}.path={path}: its tokenizer has {len(theirs)} tokens, the data's {len(ours)}, and "
-        f"{len(differing)} of them differ (the first: {differing[0]!r}); this family compares "
-        "distributions over one vocabulary, so teacher, student and data need one tokenizer: "
-        "take a teacher and a student of one family (teacher=hf teacher.path=…, which the data "
-        "follow); student=llama is made for any"
+        f"{len(differing)} of them differ (the first: {differing[0]!r}); {way_out}"
     )
 
 
