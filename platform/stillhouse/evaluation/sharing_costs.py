@@ -6,7 +6,6 @@ torch's SDPA. So the teacher is the same model unshared with the best attention 
 
 import copy
 import gc
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from stillhouse.data.language import LanguageData
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.language_models import Evaluated
-from stillhouse.evaluation.speed import cache_bytes, seconds, some_tokens
+from stillhouse.evaluation.speed import cache_bytes, medians_by_turns, seconds, some_tokens
 from stillhouse.students.causal_lm import load_causal_lm
 
 
@@ -166,12 +165,9 @@ def _speedups(
 
 
 def ratio_of_medians(theirs: Callable[[], float], ours: Callable[[], float], repeats: int) -> float:
-    """Return the median of `theirs` over that of `ours`, taken by turns after one turn for nothing.
-
-    A machine's speed drifts; both sides of a turn see the same of it.
-    """
-    turns = [(theirs(), ours()) for _ in range(1 + repeats)][1:]
-    return statistics.median(t for t, _ in turns) / statistics.median(o for _, o in turns)
+    """Return the median of `theirs` over that of `ours`, taken by turns after one for nothing."""
+    of_theirs, of_ours = medians_by_turns([theirs, ours], repeats)
+    return of_theirs / of_ours
 
 
 def _prefill(model: Any, tokens: Tensor) -> Cache:

@@ -1,7 +1,8 @@
 """How large and how fast a language model is on this machine."""
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -82,6 +83,15 @@ def seconds(work: Callable[[], object], model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - began
+
+
+def medians_by_turns(works: Sequence[Callable[[], float]], repeats: int) -> list[float]:
+    """Return the median of each work's times, taken by turns after one turn for nothing.
+
+    A machine's speed drifts; all sides of a turn see the same of it.
+    """
+    turns = [[work() for work in works] for _ in range(1 + repeats)][1:]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 class _PeakMemory:

@@ -105,8 +105,7 @@ def load_causal_lm(path: str, *, dtype: str, attn_implementation: str, key: str)
             is more than a linear layer with scale and soft-cap.
     """
     check_model_folder(path, key=key)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"{key}.dtype={dtype}: expected auto, float32, bfloat16 or float16")
+    check_dtype(dtype, key=key)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation
@@ -115,6 +114,16 @@ def load_causal_lm(path: str, *, dtype: str, attn_implementation: str, key: str)
         raise UserError(f"{key}.path={path}: cannot be loaded: {one_line(error)}") from error
     _check_head(model, f"{key}.path={path}")
     return model
+
+
+def check_dtype(dtype: str, *, key: str) -> None:
+    """Refuse a dtype that torch does not have.
+
+    Raises:
+        UserError: naming the usual ones.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"{key}.dtype={dtype}: expected auto, float32, bfloat16 or float16")
 
 
 def check_model_folder(path: str, *, key: str) -> None:

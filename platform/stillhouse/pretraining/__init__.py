@@ -1,0 +1,1 @@
+"""Plain training that makes a teacher where none can be had."""
