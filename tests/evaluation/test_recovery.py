@@ -184,9 +184,10 @@ def test_a_reference_that_is_no_role_and_numbers_that_are_too_small(models, data
         "evaluation.reference=sead: there is no such model; expected pruned, seed; did you mean "
         "'seed'?"
     )
-    with pytest.raises(UserError) as refused:
-        report(models, data, sums(count=3), exercises_per_task=0)
-    assert str(refused.value) == "evaluation.exercises_per_task=0: expected 1 or more"
+    for name in ("exercises_per_task", "max_new_tokens", "speed_context", "speed_repeats"):
+        with pytest.raises(UserError) as refused:
+            report(models, data, sums(count=3), **{name: 0})
+        assert str(refused.value) == f"evaluation.{name}=0: expected 1 or more"
 
 
 def test_answers_that_a_model_has_no_positions_for(models, data):

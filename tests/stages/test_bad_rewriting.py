@@ -42,6 +42,7 @@ WANTED = "expected {instruction} and {reference}, where an exercise's texts go"
             {"max_exercises": 0},
             "stages.rewrite.max_exercises=0: expected 1 or more, or null for all",
         ),
+        ({"batch_size": 0}, "stages.rewrite.batch_size=0: expected 1 or more"),
         (
             {"forbidden": ["a", ""]},
             "stages.rewrite.forbidden=['a', '']: an empty phrase stands in every answer; drop it",

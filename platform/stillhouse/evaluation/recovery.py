@@ -75,7 +75,15 @@ def recovery(
         UserError: for a reference that is no role, numbers below 1, and answers that a model has no
             positions for.
     """
-    _check(models, reference, {"exercises_per_task": exercises_per_task, "batch_size": batch_size})
+    numbers_from_1 = {
+        "exercises_per_task": exercises_per_task,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "speed_context": speed_context,
+        "speed_new_tokens": speed_new_tokens,
+        "speed_repeats": speed_repeats,
+    }
+    _check(models, reference, numbers_from_1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = first_of_every_task(exercises.splits["test"], exercises_per_task)
     longest = max(len(q.tokens) for q in questions_of(chosen, data.tokenizer))

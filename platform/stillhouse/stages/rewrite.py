@@ -137,6 +137,8 @@ class Rewrite:
             raise UserError(
                 f"{key}.max_exercises={self.max_exercises}: expected 1 or more, or null for all"
             )
+        if self.batch_size < 1:
+            raise UserError(f"{key}.batch_size={self.batch_size}: expected 1 or more")
         if not all(self.forbidden):
             raise UserError(
                 f"{key}.forbidden={list(self.forbidden)}: an empty phrase stands in every answer; "
