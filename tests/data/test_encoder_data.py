@@ -196,7 +196,7 @@ def test_documents_are_cut_into_pieces_and_nothing_is_lost(data):
 def test_a_tokenizer_that_cannot_cut():
     slow = types.SimpleNamespace(is_fast=False, name_or_path="some/model")
     with pytest.raises(UserError) as refused:
-        encode_pieces([Example("w1")], slow, 8)  # type: ignore[arg-type]
+        encode_pieces([Example("w1")], slow, 8)
     assert str(refused.value) == (
         "data.tokenizer_path=some/model: the tokenizer cannot cut documents into pieces; name one "
         "with a tokenizer.json"

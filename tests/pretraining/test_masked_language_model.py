@@ -194,7 +194,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path) -> None:
     whole, began, resumed = (model_of(optimizer=optimizer) for _ in range(3))
     bare_trainer(tmp_path, max_steps=7).fit(whole, datamodule=Texts())
     first = bare_trainer(tmp_path, max_steps=7, limit_val_batches=0)
-    began.on_train_batch_end = lambda *given: (  # type: ignore[method-assign]
+    began.on_train_batch_end = lambda *given: (
         first.save_checkpoint(tmp_path / "step.ckpt") if first.global_step == 4 else None
     )
     first.fit(began, datamodule=Texts())

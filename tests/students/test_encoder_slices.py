@@ -41,9 +41,11 @@ def test_dropped_blocks_are_passed_over(family, tmp_path) -> None:
     student = drop(save(model, tmp_path), [0, 2])
     assert student.training
     assert student.config.num_hidden_layers == len(blocks_of(student)) == 2
-    whole, handed_on = logits_of(model), (lambda module, inputs, output: inputs[0])
-    if family.startswith("deberta"):
-        handed_on = lambda module, inputs, output: (inputs[0], None)  # noqa: E731
+    whole, hands_on_a_pair = logits_of(model), family.startswith("deberta")
+
+    def handed_on(module, inputs, output):
+        return (inputs[0], None) if hands_on_a_pair else inputs[0]
+
     blocks_of(model)[1].register_forward_hook(handed_on)
     expected = logits_of(model)
     assert (whole - expected).abs().max() > 0.01, "passing the block over changes nothing here"

@@ -55,8 +55,13 @@ class Distiller(pl.LightningModule):
         """Build the optimiser over the student's trainable parameters."""
         return self._optimizer(self.student, self.trainer.max_steps)
 
-    def export(self, folder: Path, data: pl.LightningDataModule) -> None:
-        """Write the student to `folder` as an ordinary model of its library."""
+    def export(self, folder: Path, data: Any) -> None:
+        """Write the student to `folder` as an ordinary model of its library.
+
+        Args:
+            folder: where to.
+            data: the stage's data module, of the kind that the family trains on.
+        """
         raise NotImplementedError
 
     def summary(self) -> Mapping[str, float | int]:

@@ -200,7 +200,7 @@ class MaskedLanguageModel(Distiller):
         labels = batch.input_ids[masked.chosen]
         return F.cross_entropy(logits, labels, reduction="sum") / count.clamp_min(1), count
 
-    def export(self, folder: Path, data: EncoderData) -> None:  # type: ignore[override]
+    def export(self, folder: Path, data: EncoderData) -> None:
         """Write encoder and tokenizer as an ordinary `transformers` folder, no head."""
         student: Any = self.student
         student.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Causal language models: from scratch by shape, or any of `transformers` by path."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,25 @@ def load_causal_lm(path: str, *, dtype: str, attn_implementation: str, key: str)
     """
     check_model_folder(path, key=key)
     check_dtype(dtype, key=key)
-    try:
+    with loading(f"{key}.path={path}"):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation
         )
-    except Exception as error:  # the libraries below raise whatever a broken file makes them
-        raise UserError(f"{key}.path={path}: cannot be loaded: {one_line(error)}") from error
     _check_head(model, f"{key}.path={path}")
     return model
+
+
+@contextmanager
+def loading(where: str) -> Iterator[None]:
+    """Tell in one line what cannot be loaded.
+
+    Args:
+        where: the model stands in the config, key and value.
+    """
+    try:
+        yield
+    except Exception as error:  # the libraries below raise whatever a broken file makes them
+        raise UserError(f"{where}: cannot be loaded: {one_line(error)}") from error
 
 
 def check_dtype(dtype: str, *, key: str) -> None:

@@ -16,10 +16,10 @@ from transformers import (
 
 from stillhouse.data.encoders import EncoderData
 from stillhouse.data.labelled.task import Task
-from stillhouse.data.vocabulary import check_same_tokenizer, one_line
+from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.records.encoders import AttentionTap, EncoderBatch, EncoderOutput
-from stillhouse.students.causal_lm import check_dtype, check_model_folder
+from stillhouse.students.causal_lm import check_dtype, check_model_folder, loading
 from stillhouse.students.encoder_layouts import (
     LAYOUTS,
     blocks_of,
@@ -134,7 +134,7 @@ def load_encoder(
     if task is not None and _has_head(config):
         _check_head(config, task, where)
     auto = _with_head(config, task)
-    try:
+    with loading(where):
         model, report = auto.from_pretrained(
             path,
             config=config,
@@ -142,8 +142,6 @@ def load_encoder(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except Exception as error:  # the libraries below raise whatever a broken file makes them
-        raise UserError(f"{where}: cannot be loaded: {one_line(error)}") from error
     _check_body_is_there(model, report["missing_keys"], where)
     return model
 
@@ -279,10 +277,8 @@ def _stored_config(path: str, *, key: str) -> Any:
         UserError: when there is none, or it is one of another kind.
     """
     check_model_folder(path, key=key)
-    try:
+    with loading(f"{key}.path={path}"):
         config: Any = AutoConfig.from_pretrained(path)
-    except Exception as error:  # the libraries below raise whatever a broken file makes them
-        raise UserError(f"{key}.path={path}: cannot be loaded: {one_line(error)}") from error
     if config.model_type not in LAYOUTS:
         raise UserError(
             f"{key}.path={path}: a model of the type {config.model_type}; expected an encoder of "

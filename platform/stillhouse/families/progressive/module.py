@@ -140,7 +140,7 @@ class ProgressiveDistiller(Distiller):
             attention={ours: said.attention[theirs] for ours, theirs in pairs if theirs},
         )
 
-    def export(self, folder: Path, data: EncoderData) -> None:  # type: ignore[override]
+    def export(self, folder: Path, data: EncoderData) -> None:
         """Write student and tokenizer as an ordinary `transformers` folder, no projections."""
         student: Any = self.student
         student.save_pretrained(folder)

@@ -120,7 +120,7 @@ class SequenceDistiller(Distiller):
         torch.distributed.all_reduce(packed)
         return packed[0], packed[1:].to(sums.dtype)
 
-    def export(self, folder: Path, data: LanguageData) -> None:  # type: ignore[override]
+    def export(self, folder: Path, data: LanguageData) -> None:
         """Write student and tokenizer as an ordinary `transformers` folder, adapters merged."""
         merged(self.student).save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
