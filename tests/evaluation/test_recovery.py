@@ -177,17 +177,13 @@ def test_operations_are_those_of_the_products(models):
     assert flops_per_token(model, N) == pytest.approx(2 * weights + attention)
 
 
-def test_a_reference_that_is_no_role_and_numbers_that_are_too_small(models, data):
+def test_a_reference_that_is_no_role(models, data):
     with pytest.raises(UserError) as refused:
         report(models, data, sums(count=3), reference="sead")
     assert str(refused.value) == (
         "evaluation.reference=sead: there is no such model; expected pruned, seed; did you mean "
         "'seed'?"
     )
-    for name in ("exercises_per_task", "max_new_tokens", "speed_context", "speed_repeats"):
-        with pytest.raises(UserError) as refused:
-            report(models, data, sums(count=3), **{name: 0})
-        assert str(refused.value) == f"evaluation.{name}=0: expected 1 or more"
 
 
 def test_answers_that_a_model_has_no_positions_for(models, data):
@@ -207,4 +203,10 @@ def test_answers_that_a_model_has_no_positions_for(models, data):
     assert str(refused.value) == (
         f"max_new_tokens={room + 1}: with the {longest} tokens of the longest prompt this is more "
         f"than the {limit} positions of models.seed; expected at most {room}"
+    )
+    with pytest.raises(UserError) as refused:
+        report(models, data, asked, speed_context=limit - 1, speed_new_tokens=2)
+    assert str(refused.value) == (
+        f"evaluation.speed_new_tokens=2: with the {limit - 1} tokens of evaluation.speed_context "
+        f"this is more than the {limit} positions of models.seed; expected at most 1"
     )

@@ -141,13 +141,8 @@ def test_bad_input(models, language_world, tmp_path: Path) -> None:
         "reference=teachr: there is no such model; expected copy, teacher, noisy; did you mean "
         "'teacher'?"
     )
-    for key in ("draft_tokens", "max_sequences", "prompt_tokens", "repeats"):
-        assert refusal(**{key: 0}) == f"{key}=0: expected 1 or more"
     assert refusal(max_new_tokens=1) == (
         "max_new_tokens=1: expected 2 or more; the last token is never proposed"
-    )
-    assert refusal(temperature=-1.0) == (
-        "temperature=-1.0: expected 0, which takes the likeliest token, or more"
     )
     assert refusal(prompt_tokens=100_000) == (
         "prompt_tokens=100000: none of 4 test documents is longer; expected fewer tokens, or data "

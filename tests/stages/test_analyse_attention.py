@@ -96,12 +96,6 @@ def test_no_window_is_full(language_world, stage_context):
     )
 
 
-def test_less_than_one_window(language_world, stage_context):
-    with pytest.raises(UserError) as refused:
-        analyse(language_world, max_windows=0)(stage_context("analyse"))
-    assert str(refused.value) == "stages.analyse.max_windows=0: expected 1 or more"
-
-
 def test_a_refused_model_is_named(language_world, stage_context, tmp_path, tiny_llama):
     folder = tmp_path / "one layer"
     tiny_llama(vocab_size=300, num_hidden_layers=1).float().save_pretrained(folder)

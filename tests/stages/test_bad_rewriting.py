@@ -39,11 +39,6 @@ WANTED = "expected {instruction} and {reference}, where an exercise's texts go"
             f"string; {WANTED}; write other braces twice",
         ),
         (
-            {"max_exercises": 0},
-            "stages.rewrite.max_exercises=0: expected 1 or more, or null for all",
-        ),
-        ({"batch_size": 0}, "stages.rewrite.batch_size=0: expected 1 or more"),
-        (
             {"forbidden": ["a", ""]},
             "stages.rewrite.forbidden=['a', '']: an empty phrase stands in every answer; drop it",
         ),

@@ -107,12 +107,6 @@ def test_too_few_windows_are_all_taken(language_world, four_blocks, stage_contex
     assert result.metrics["samples"] == len(language_world.data().windows("train"))
 
 
-def test_less_than_one_sample(language_world, four_blocks, stage_context):
-    with pytest.raises(UserError) as refused:
-        stage(language_world, four_blocks, max_samples=0)(stage_context("score_blocks"))
-    assert str(refused.value) == "stages.score_blocks.max_samples=0: expected 1 or more"
-
-
 def test_no_sample_at_all(language_world, four_blocks, stage_context):
     node = language_world.node(max_train_documents=0)
     with pytest.raises(UserError) as refused:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from training import bare_trainer, plain_sgd
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from stillhouse.data.language import KeptBatches
 from stillhouse.errors import UserError
@@ -105,8 +105,34 @@ def test_names_that_no_layer_has_are_refused(adapted):
         adapted(target_modules=["query"])
     assert str(caught.value) == (
         "student.target_modules=['query']: the model has no such layers; it has down_proj, "
-        "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj; all-linear takes all of them "
-        "but the head"
+        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; all-linear takes all of them"
     )
-    with pytest.raises(UserError, match=r"student\.rank=0: expected 1 or more"):
-        adapted(rank=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_that_a_loss_or_the_export_would_not_see_are_refused(
+    adapted, language_world, tied, tmp_path
+):
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(language_world.model)
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(language_world.model).save_pretrained(folder)
+
+    def refusal(*names: str) -> str:
+        with pytest.raises(UserError) as caught:
+            adapted(path=str(folder), target_modules=list(names))
+        return str(caught.value)
+
+    way_out = "leave it out, or take all-linear, which is all linear layers but the head"
+    assert refusal("q_proj", "lm_head") == (
+        f"student.target_modules=['q_proj', 'lm_head']: the head gets no adapter; {way_out}"
+    )
+    if tied:
+        assert refusal("embed_tokens") == (
+            "student.target_modules=['embed_tokens']: the embeddings are the head as well "
+            f"(tie_word_embeddings), which gets no adapter; {way_out}"
+        )
+    else:
+        assert adapted(path=str(folder), target_modules=["embed_tokens"])

@@ -11,12 +11,13 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.ranges import Range
 from stillhouse.stages.workspace import RUNNER_KEYS
 
 MODEL_FILES = ("config.json", "model_index.json")
@@ -127,9 +128,11 @@ def check_node(path: str, node: DictConfig) -> None:
     hints = _type_hints(target)
     for key in given:
         value = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
+        if isinstance(value, str) and value.startswith("${oc."):
+            value = node[key]
         interpolated = isinstance(value, str) and "${" in value
         if key in hints and not interpolated and not fits(value, hints[key]):
-            raise UserError(f"{path}.{key}={value}: expected {_say(hints[key])}")
+            raise UserError(f"{path}.{key}={value}: expected {_say(hints[key], value)}")
 
 
 def locate(path: str, target: str) -> Callable[..., Any]:
@@ -165,11 +168,14 @@ def keywords_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | No
 def fits(value: Any, hint: Any) -> bool:
     """Whether a YAML value can stand where a parameter's annotation is `hint`.
 
-    Only plain types are judged; whatever the check does not know passes.
+    Only plain types are judged, and the ranges beside them; whatever the check does not know
+    passes.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(value, dict):
         return True
+    if origin is Annotated:
+        return fits(value, arguments[0]) and all(r.holds(value) for r in _ranges(hint))
     if origin in (Union, types.UnionType):
         return any(fits(value, a) for a in arguments)
     if origin is Literal:
@@ -192,14 +198,24 @@ def fits(value: Any, hint: Any) -> bool:
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
     subject = target.__init__ if inspect.isclass(target) else target
     try:
-        return typing.get_type_hints(subject)
+        return typing.get_type_hints(subject, include_extras=True)
     except Exception:  # a library's hints may name what is not installed: then its types go unread
         return {}
 
 
-def _say(hint: Any) -> str:
+def _ranges(hint: Any) -> list[Range]:
+    return [said for said in getattr(hint, "__metadata__", ()) if isinstance(said, Range)]
+
+
+def _say(hint: Any, value: Any) -> str:
+    """Say what a hint allows: its range to a value of its type, its type to any other."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_say(a) for a in typing.get_args(hint))
+        said = [_say(a, value) for a in typing.get_args(hint)]
+        return (", or " if any(map(_ranges, typing.get_args(hint))) else " or ").join(said)
+    if typing.get_origin(hint) is Annotated:
+        ranges, plain = _ranges(hint), typing.get_args(hint)[0]
+        in_words = ranges and fits(value, plain)
+        return ", ".join(r.words for r in ranges) if in_words else _say(plain, value)
     if typing.get_origin(hint) is Literal:
         return " or ".join(str(a) for a in typing.get_args(hint))
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

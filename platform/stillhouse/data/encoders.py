@@ -22,6 +22,7 @@ from stillhouse.data.language import KeptBatches
 from stillhouse.data.stream import BatchStream
 from stillhouse.data.vocabulary import load_tokenizer
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count, CountFrom0
 from stillhouse.records.encoders import EncoderBatch
 
 
@@ -38,16 +39,16 @@ class EncoderData(pl.LightningDataModule):
         *,
         corpus: dict[str, Any],
         tokenizer_path: str,
-        sequence_length: int,
-        batch_size: int,
-        evaluation_batch_size: int,
+        sequence_length: Count,
+        batch_size: Count,
+        evaluation_batch_size: Count,
         truncate: bool = True,
-        train_labels: int | None = None,
+        train_labels: Count | None = None,
         subset_seed: int = 0,
-        max_train_documents: int | None = None,
-        max_evaluation_rows: int | None = None,
-        distinct_train_batches: int | None = None,
-        num_workers: int = 0,
+        max_train_documents: Count | None = None,
+        max_evaluation_rows: Count | None = None,
+        distinct_train_batches: Count | None = None,
+        num_workers: CountFrom0 = 0,
         pin_memory: bool = False,
     ) -> None:
         """Describe the data; nothing is read before it is asked for.

@@ -16,6 +16,7 @@ from stillhouse.data.stream import BatchStream
 from stillhouse.data.vocabulary import load_tokenizer, tokenizer_identity
 from stillhouse.data.windows import TokenWindows, Window, collate_windows
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count, CountFrom0
 from stillhouse.records.language import SequenceBatch
 
 Batch = TypeVar("Batch")
@@ -34,15 +35,15 @@ class LanguageData(pl.LightningDataModule):
         *,
         corpus: dict[str, Any],
         tokenizer_path: str,
-        sequence_length: int,
-        batch_size: int,
-        evaluation_batch_size: int,
+        sequence_length: Count,
+        batch_size: Count,
+        evaluation_batch_size: Count,
         packing: bool = True,
         shift_windows: bool = False,
-        max_train_documents: int | None = None,
-        max_evaluation_windows: int | None = None,
-        distinct_train_batches: int | None = None,
-        num_workers: int = 0,
+        max_train_documents: Count | None = None,
+        max_evaluation_windows: Count | None = None,
+        distinct_train_batches: Count | None = None,
+        num_workers: CountFrom0 = 0,
         pin_memory: bool = False,
     ) -> None:
         """Describe the data; nothing is read before it is asked for.

@@ -12,6 +12,7 @@ from stillhouse.data.corpora.corpus import Corpus
 from stillhouse.data.corpora.records import ROLES
 from stillhouse.data.documents import Conversation, Document
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count
 from stillhouse.stages.stage import StageContext, StageResult
 
 END_TOKEN = "<|end|>"
@@ -39,7 +40,7 @@ class TrainTokenizer:
     """
 
     corpus: dict[str, Any]
-    vocab_size: int
+    vocab_size: Count
 
     def __call__(self, context: StageContext) -> StageResult:
         """Train the tokenizer and save it."""
@@ -76,7 +77,7 @@ class TrainTokenizer:
 
 
 def byte_level_bpe(
-    documents: Sequence[str], *, vocab_size: int, special_tokens: Sequence[str]
+    documents: Sequence[str], *, vocab_size: Count, special_tokens: Sequence[str]
 ) -> Tokenizer:
     """Learn merges until there are `vocab_size` tokens, or no pair is left to merge.
 

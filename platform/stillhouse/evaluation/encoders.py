@@ -13,6 +13,7 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.classification import scores
 from stillhouse.evaluation.language_models import Evaluated
 from stillhouse.evaluation.speed import medians_by_turns, seconds
+from stillhouse.ranges import Count
 from stillhouse.records.encoders import EncoderBatch
 from stillhouse.students.encoder_layouts import max_tokens
 from stillhouse.students.encoders import check_fits, has_head, load_encoder, read_encoder
@@ -26,8 +27,8 @@ def encoder_models(
     *,
     reference: str | None,
     score: str | None,
-    speed_tokens: int,
-    speed_repeats: int,
+    speed_tokens: Count,
+    speed_repeats: Count,
     dtype: str,
     attn_implementation: str,
 ) -> Evaluated:
@@ -58,7 +59,7 @@ def encoder_models(
             test labels, numbers below 1, a model without a head for the task, with another
             tokenizer, or with too few positions.
     """
-    _check(models, reference, {"speed_tokens": speed_tokens, "speed_repeats": speed_repeats})
+    _check(models, reference)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = _labelled_batches(data)
 
@@ -187,12 +188,9 @@ def _labelled_batches(data: EncoderData) -> list[EncoderBatch]:
     return batches
 
 
-def _check(models: Mapping[str, Any], reference: str | None, counts: Mapping[str, int]) -> None:
+def _check(models: Mapping[str, Any], reference: str | None) -> None:
     if reference is not None and reference not in models:
         raise UserError(
             f"evaluation.reference={reference}: there is no such model; expected "
             f"{', '.join(models)}{did_you_mean(reference, models)}"
         )
-    for key, number in counts.items():
-        if number < 1:
-            raise UserError(f"evaluation.{key}={number}: expected 1 or more")

@@ -12,6 +12,7 @@ from stillhouse.data.language import LanguageData
 from stillhouse.evaluation.language import held_out_quality
 from stillhouse.evaluation.samples import continuations
 from stillhouse.evaluation.speed import size_and_speed
+from stillhouse.ranges import Count, Weight
 from stillhouse.students.causal_lm import load_causal_lm
 
 
@@ -34,12 +35,12 @@ def language_models(
     *,
     reference: str | None,
     prompts: list[str],
-    max_new_tokens: int,
-    temperature: float,
+    max_new_tokens: Count,
+    temperature: Weight,
     seed: int,
-    speed_context: int,
-    speed_new_tokens: int,
-    speed_repeats: int,
+    speed_context: Count,
+    speed_new_tokens: Count,
+    speed_repeats: Count,
     dtype: str,
 ) -> Evaluated:
     """Evaluate every model on the test split of the data.

@@ -24,6 +24,7 @@ from stillhouse.evaluation.language import held_out_quality
 from stillhouse.evaluation.language_models import Evaluated
 from stillhouse.evaluation.positions import check_positions
 from stillhouse.evaluation.speed import size_and_speed, some_tokens
+from stillhouse.ranges import Count
 from stillhouse.records.language import SequenceBatch
 from stillhouse.students.causal_lm import load_causal_lm
 from stillhouse.teachers.decoding import sampled
@@ -38,13 +39,13 @@ def recovery(
     *,
     reference: str,
     exercises: Exercises,
-    exercises_per_task: int,
-    max_new_tokens: int,
-    batch_size: int,
+    exercises_per_task: Count,
+    max_new_tokens: Count,
+    batch_size: Count,
     seed: int,
-    speed_context: int,
-    speed_new_tokens: int,
-    speed_repeats: int,
+    speed_context: Count,
+    speed_new_tokens: Count,
+    speed_repeats: Count,
     dtype: str,
     attn_implementation: str,
 ) -> Evaluated:
@@ -72,18 +73,9 @@ def recovery(
         of `size_and_speed`.
 
     Raises:
-        UserError: for a reference that is no role, numbers below 1, and answers that a model has no
-            positions for.
+        UserError: for a reference that is no role, and for more tokens than a model has positions.
     """
-    numbers_from_1 = {
-        "exercises_per_task": exercises_per_task,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "speed_context": speed_context,
-        "speed_new_tokens": speed_new_tokens,
-        "speed_repeats": speed_repeats,
-    }
-    _check(models, reference, numbers_from_1)
+    _check(models, reference)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = first_of_every_task(exercises.splits["test"], exercises_per_task)
     longest = max(len(q.tokens) for q in questions_of(chosen, data.tokenizer))
@@ -93,6 +85,14 @@ def recovery(
             models[role], dtype=dtype, attn_implementation=attn_implementation, key=f"models.{role}"
         )
         check_positions(model, role, longest, max_new_tokens)
+        check_positions(
+            model,
+            role,
+            speed_context,
+            speed_new_tokens,
+            key="evaluation.speed_new_tokens",
+            of_the_prompt="evaluation.speed_context",
+        )
         return model.to(device).eval()
 
     def answered_rightly(model: PreTrainedModel, asked: Sequence[Exercise]) -> dict[str, float]:
@@ -171,8 +171,8 @@ def answers_of_the_seed(
     data: LanguageData,
     exercises: Sequence[Exercise],
     *,
-    max_new_tokens: int,
-    batch_size: int,
+    max_new_tokens: Count,
+    batch_size: Count,
     seed: int,
 ) -> Iterator[SequenceBatch]:
     """Yield what the seed answers, drawn from its own distribution; only the answers count.
@@ -221,12 +221,9 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
     return counter.get_total_flops() / context
 
 
-def _check(models: Mapping[str, str], reference: str, numbers: Mapping[str, int]) -> None:
+def _check(models: Mapping[str, str], reference: str) -> None:
     if reference not in models:
         raise UserError(
             f"evaluation.reference={reference}: there is no such model; expected "
             f"{', '.join(models)}{did_you_mean(reference, models)}"
         )
-    for key, number in numbers.items():
-        if number < 1:
-            raise UserError(f"evaluation.{key}={number}: expected 1 or more")

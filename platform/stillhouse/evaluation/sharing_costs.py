@@ -18,6 +18,7 @@ from stillhouse.data.language import LanguageData
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.language_models import Evaluated
 from stillhouse.evaluation.speed import cache_bytes, medians_by_turns, seconds, some_tokens
+from stillhouse.ranges import Count
 from stillhouse.students.causal_lm import load_causal_lm
 
 
@@ -28,8 +29,8 @@ def sharing_costs(
     reference: str,
     timed: list[str] | None,
     contexts: list[int],
-    new_tokens: int,
-    repeats: int,
+    new_tokens: Count,
+    repeats: Count,
     dtype: str,
 ) -> Evaluated:
     """Measure every model beside the reference, batch 1, two models loaded at a time.
@@ -69,7 +70,7 @@ def sharing_costs(
                     f"{key}={role}: there is no such model; expected {', '.join(models)}"
                     f"{did_you_mean(role, models)}"
                 )
-    _check_numbers(contexts, new_tokens, repeats)
+    _check_contexts(contexts, new_tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(role: str) -> PreTrainedModel:
@@ -110,7 +111,7 @@ class _Side:
 
     model: Any
     tokens: Tensor
-    new_tokens: int
+    new_tokens: Count
     filled: Cache
 
     def prefill(self) -> float:
@@ -182,11 +183,8 @@ def _filled(model: PreTrainedModel, count: int) -> Cache:
     return _prefill(model, some_tokens(model, count))
 
 
-def _check_numbers(contexts: list[int], new_tokens: int, repeats: int) -> None:
-    """Refuse numbers that leave nothing to measure."""
-    for key, number in (("new_tokens", new_tokens), ("repeats", repeats)):
-        if number < 1:
-            raise UserError(f"{key}={number}: expected 1 or more")
+def _check_contexts(contexts: list[int], new_tokens: int) -> None:
+    """Refuse contexts that leave nothing to measure."""
     if not contexts or min(contexts) <= new_tokens:
         raise UserError(
             f"contexts={contexts}: expected one number or more, each above new_tokens={new_tokens}"

@@ -1,7 +1,6 @@
 """How well models draft for another one, as `conf/evaluation/speculative.yaml` names it."""
 
 import gc
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from stillhouse.evaluation.positions import check_positions
 from stillhouse.evaluation.sharing_costs import ratio_of_medians
 from stillhouse.evaluation.speculative import Speculation, check_rollback, speculate
 from stillhouse.evaluation.speed import seconds
+from stillhouse.ranges import Count, Weight
 from stillhouse.students.causal_lm import load_causal_lm
 
 
@@ -28,12 +28,12 @@ def speculative_decoding(
     data: LanguageData,
     *,
     reference: str,
-    draft_tokens: int,
-    max_sequences: int,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    temperature: float,
-    repeats: int,
+    draft_tokens: Count,
+    max_sequences: Count,
+    prompt_tokens: Count,
+    max_new_tokens: Count,
+    temperature: Weight,
+    repeats: Count,
     seed: int,
     dtype: str,
     attn_implementation: str,
@@ -74,14 +74,10 @@ def speculative_decoding(
             f"reference={reference}: there is no such model; expected {', '.join(models)}"
             f"{did_you_mean(reference, models)}"
         )
-    _check_numbers(
-        max_new_tokens,
-        temperature,
-        draft_tokens=draft_tokens,
-        max_sequences=max_sequences,
-        prompt_tokens=prompt_tokens,
-        repeats=repeats,
-    )
+    if max_new_tokens < 2:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens}: expected 2 or more; the last token is never proposed"
+        )
     for role, path in models.items():
         check_same_tokenizer(path, data.tokenizer, key=f"models.{role}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -154,7 +150,7 @@ class _Side:
         }
 
 
-def _prompts(data: LanguageData, max_sequences: int, prompt_tokens: int) -> list[list[int]]:
+def _prompts(data: LanguageData, max_sequences: Count, prompt_tokens: Count) -> list[list[int]]:
     """Return the beginnings of test documents that have something behind them.
 
     Raises:
@@ -174,7 +170,7 @@ def _prompts(data: LanguageData, max_sequences: int, prompt_tokens: int) -> list
     return prompts
 
 
-def _beginning(document: TokenDocument, prompt_tokens: int, end_token: int) -> list[int]:
+def _beginning(document: TokenDocument, prompt_tokens: Count, end_token: int) -> list[int]:
     """Return the prompt of a document, a text's with the end token before it; nothing if too short.
 
     A text is long enough when a token other than its end follows the prompt.
@@ -184,18 +180,3 @@ def _beginning(document: TokenDocument, prompt_tokens: int, end_token: int) -> l
     if all(learned):
         return tokens[:prompt_tokens] if len(tokens) > prompt_tokens + 1 else []
     return tokens[: len(before) + learned.index(True)] if any(learned) else []
-
-
-def _check_numbers(max_new_tokens: int, temperature: float, **counts: int) -> None:
-    """Refuse numbers that leave nothing to measure."""
-    for key, number in counts.items():
-        if number < 1:
-            raise UserError(f"{key}={number}: expected 1 or more")
-    if max_new_tokens < 2:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens}: expected 2 or more; the last token is never proposed"
-        )
-    if not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature={temperature}: expected 0, which takes the likeliest token, or more"
-        )

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from stillhouse.ranges import Count
+
 
 def checkpoint_folder(scratch: Path) -> Path:
     """Return where a stage that works in `scratch` keeps its checkpoints."""
@@ -32,7 +34,7 @@ class ResumeCheckpoint(Checkpoint):
     is kept. The older one goes only when the newer one stands under its final name.
     """
 
-    def __init__(self, *, checkpoint_every_n_steps: int) -> None:
+    def __init__(self, *, checkpoint_every_n_steps: Count) -> None:
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self._last_step = 0
 

@@ -8,17 +8,19 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from stillhouse.ranges import Positive, Share, Weight
+
 
 def adamw(
     module: nn.Module,
     max_steps: int,
     *,
-    learning_rate: float,
-    weight_decay: float = 0.1,
+    learning_rate: Positive,
+    weight_decay: Weight = 0.1,
     betas: Sequence[float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    warmup_fraction: float = 0.05,
-    final_fraction: float = 0.05,
+    eps: Positive = 1e-8,
+    warmup_fraction: Share = 0.05,
+    final_fraction: Share = 0.05,
 ) -> OptimizerLRScheduler:
     """AdamW with a linear warm-up and a cosine decay over the stage's steps.
 

@@ -27,6 +27,7 @@ from stillhouse.data.stream import BatchStream, generator_for
 from stillhouse.errors import UserError
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.window_means import WindowMeans
+from stillhouse.ranges import Share
 from stillhouse.records.encoders import EncoderBatch
 from stillhouse.records.losses import LossTerms
 from stillhouse.students.encoder_layouts import blocks_of, body_of
@@ -69,9 +70,9 @@ def bert_masking(
     generators: Sequence[torch.Generator],
     vocabulary: Vocabulary,
     *,
-    probability: float = 0.15,
-    mask_share: float = 0.8,
-    random_share: float = 0.1,
+    probability: Share = 0.15,
+    mask_share: Share = 0.8,
+    random_share: Share = 0.1,
 ) -> MaskedBatch:
     """Choose tokens of every row, and hide most of them.
 

@@ -12,6 +12,7 @@ from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.evaluation.attention_similarity import attention_similarity
+from stillhouse.ranges import Count
 from stillhouse.records.similarity import Similarity, write_similarity
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import load_causal_lm
@@ -35,7 +36,7 @@ class AnalyseAttention:
 
     path: str
     data: dict[str, Any]
-    max_windows: int
+    max_windows: Count
     dtype: str
 
     def __call__(self, context: StageContext) -> StageResult:
@@ -68,10 +69,8 @@ class AnalyseAttention:
         """Return the token ids of the windows to compare on, each [sequence_length].
 
         Raises:
-            UserError: when less than one is asked for, or none is long enough.
+            UserError: when none is long enough.
         """
-        if self.max_windows < 1:
-            raise UserError(f"{key}.max_windows={self.max_windows}: expected 1 or more")
         windows, length = data.windows("train"), data.sequence_length
         full = [i for i, (start, stop) in enumerate(windows.spans) if stop - start == length]
         if not full:

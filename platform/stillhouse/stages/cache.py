@@ -13,6 +13,7 @@ from stillhouse.data.language import LanguageData
 from stillhouse.files import sha256_of
 from stillhouse.objectives.divergences import forward_kl
 from stillhouse.objectives.tokens import log_probs
+from stillhouse.ranges import Count
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import vocabulary_head
@@ -47,7 +48,7 @@ class CacheSignal:
     teacher: dict[str, Any]
     data: dict[str, Any]
     codec: dict[str, Any]
-    windows_per_shard: int
+    windows_per_shard: Count
 
     def __call__(self, context: StageContext) -> StageResult:
         """Write the shards that are missing, then the index."""

@@ -14,6 +14,7 @@ from stillhouse.data.vocabulary import check_same_tokenizer, tokenizer_identity
 from stillhouse.data.windows import Window
 from stillhouse.errors import UserError
 from stillhouse.files import write_json
+from stillhouse.ranges import Count
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import load_causal_lm
 from stillhouse.teachers.decoding import Tokens
@@ -59,9 +60,9 @@ class Generate:
     path: str
     data: dict[str, Any]
     decoding: dict[str, Any]
-    prompt_tokens: int
-    max_sequences: int | None
-    batch_size: int
+    prompt_tokens: Count
+    max_sequences: Count | None
+    batch_size: Count
     seed: int
     dtype: str
     attn_implementation: str
@@ -129,7 +130,7 @@ class Generate:
         write_json(folder / PROVENANCE, provenance)
 
 
-def _cut(window: Window, prompt_tokens: int) -> Prompt | None:
+def _cut(window: Window, prompt_tokens: Count) -> Prompt | None:
     """Cut a window into prompt and reference; None where nothing is left of it."""
     tokens = [*window.input_ids[:1].tolist(), *window.labels.tolist()]
     learned = window.learned.tolist()

@@ -27,6 +27,7 @@ from stillhouse.data.vocabulary import load_tokenizer, tokenizer_identity
 from stillhouse.errors import UserError
 from stillhouse.evaluation.exercises import nll_of_answers
 from stillhouse.files import write_json
+from stillhouse.ranges import Count
 from stillhouse.stages.artifacts import Number
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import load_causal_lm
@@ -80,8 +81,8 @@ class Rewrite:
     decoding: dict[str, Any]
     forbidden: Sequence[str]
     forbidden_start: str
-    max_exercises: int | None
-    batch_size: int
+    max_exercises: Count | None
+    batch_size: Count
     seed: int
     dtype: str
     attn_implementation: str
@@ -133,12 +134,6 @@ class Rewrite:
 
     def _check(self, key: str) -> None:
         check_prompt(self.prompt, key=f"{key}.prompt")
-        if self.max_exercises is not None and self.max_exercises < 1:
-            raise UserError(
-                f"{key}.max_exercises={self.max_exercises}: expected 1 or more, or null for all"
-            )
-        if self.batch_size < 1:
-            raise UserError(f"{key}.batch_size={self.batch_size}: expected 1 or more")
         if not all(self.forbidden):
             raise UserError(
                 f"{key}.forbidden={list(self.forbidden)}: an empty phrase stands in every answer; "

@@ -11,6 +11,7 @@ from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.evaluation.block_distances import block_scores
+from stillhouse.ranges import Count
 from stillhouse.records.block_scores import BlockScores, write_block_scores
 from stillhouse.records.language import SequenceBatch
 from stillhouse.stages.stage import StageContext, StageResult
@@ -37,7 +38,7 @@ class ScoreBlocks:
 
     path: str
     data: dict[str, Any]
-    max_samples: int
+    max_samples: Count
     dtype: str
     attn_implementation: str
 
@@ -74,10 +75,8 @@ class ScoreBlocks:
         """Return the windows to score on.
 
         Raises:
-            UserError: when less than one is asked for, or there is none.
+            UserError: when there is none.
         """
-        if self.max_samples < 1:
-            raise UserError(f"{key}.max_samples={self.max_samples}: expected 1 or more")
         number = len(data.windows("train"))
         if not number:
             raise UserError(

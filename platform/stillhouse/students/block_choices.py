@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count
 from stillhouse.records.block_scores import BlockScores
 
 
-def least_distant(scores: BlockScores, *, n: int) -> Sequence[int]:
+def least_distant(scores: BlockScores, *, n: Count) -> Sequence[int]:
     """Choose the run of blocks whose two ends point most nearly the same way: argmin_l d(l, n).
 
     Args:
@@ -27,7 +28,7 @@ def least_distant(scores: BlockScores, *, n: int) -> Sequence[int]:
     return list(range(start, start + n))
 
 
-def least_influential(scores: BlockScores, *, n: int) -> Sequence[int]:
+def least_influential(scores: BlockScores, *, n: Count) -> Sequence[int]:
     """Choose the blocks of the lowest Block Influence, wherever they stand.
 
     Args:
@@ -41,7 +42,7 @@ def least_influential(scores: BlockScores, *, n: int) -> Sequence[int]:
     return _lowest(scores.influences, n)
 
 
-def least_magnitude(scores: BlockScores, *, n: int) -> Sequence[int]:
+def least_magnitude(scores: BlockScores, *, n: Count) -> Sequence[int]:
     """Choose the blocks of the smallest weights: a baseline that sees no data.
 
     Args:
@@ -55,7 +56,7 @@ def least_magnitude(scores: BlockScores, *, n: int) -> Sequence[int]:
     return _lowest(scores.magnitudes, n)
 
 
-def random_run(scores: BlockScores, *, n: int, seed: int) -> Sequence[int]:
+def random_run(scores: BlockScores, *, n: Count, seed: int) -> Sequence[int]:
     """Draw a run of blocks: the baseline that a distance must beat.
 
     Every run of its length is as likely as any other, but for the least distant one: that is drawn
@@ -108,7 +109,7 @@ def given(scores: BlockScores, *, blocks: list[int]) -> Sequence[int]:
     return sorted(chosen)
 
 
-def _check_number(n: int, scores: BlockScores) -> None:
+def _check_number(n: Count, scores: BlockScores) -> None:
     if scores.blocks < 2:
         raise UserError(
             f"pruning.n={n}: the model has one block, and one must stay; take a deeper one"
@@ -120,6 +121,6 @@ def _check_number(n: int, scores: BlockScores) -> None:
         )
 
 
-def _lowest(values: Sequence[float], n: int) -> list[int]:
+def _lowest(values: Sequence[float], n: Count) -> list[int]:
     """Return the places of the n lowest values in rising order, the first of equal ones."""
     return sorted(sorted(range(len(values)), key=lambda place: values[place])[:n])

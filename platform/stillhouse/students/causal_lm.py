@@ -18,6 +18,7 @@ from transformers import (
 from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer, one_line
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count, Positive, Share
 from stillhouse.records.language import LanguageOutput, SequenceBatch, VocabularyHead
 from stillhouse.students import modeling_shared_attention
 
@@ -30,15 +31,15 @@ for own in modeling_shared_attention.MODELS:
 def llama(
     data: LanguageData,
     *,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    max_position_embeddings: int = 2048,
-    rope_theta: float = 10000.0,
+    hidden_size: Count,
+    intermediate_size: Count,
+    num_hidden_layers: Count,
+    num_attention_heads: Count,
+    num_key_value_heads: Count,
+    max_position_embeddings: Count = 2048,
+    rope_theta: Positive = 10000.0,
     tie_word_embeddings: bool = True,
-    attention_dropout: float = 0.0,
+    attention_dropout: Share = 0.0,
     attn_implementation: str = "sdpa",
 ) -> LlamaForCausalLM:
     """Make a Llama-shaped model with random weights for the data's vocabulary.

@@ -18,6 +18,7 @@ from stillhouse.data.encoders import EncoderData
 from stillhouse.data.labelled.task import Task
 from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count, Share
 from stillhouse.records.encoders import AttentionTap, EncoderBatch, EncoderOutput
 from stillhouse.students.causal_lm import check_dtype, check_model_folder, loading
 from stillhouse.students.encoder_layouts import (
@@ -44,13 +45,13 @@ PROBLEMS = {
 def encoder(
     data: EncoderData,
     *,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    max_position_embeddings: int = 512,
-    hidden_dropout_prob: float = 0.1,
-    attention_probs_dropout_prob: float = 0.1,
+    hidden_size: Count,
+    intermediate_size: Count,
+    num_hidden_layers: Count,
+    num_attention_heads: Count,
+    max_position_embeddings: Count = 512,
+    hidden_dropout_prob: Share = 0.1,
+    attention_probs_dropout_prob: Share = 0.1,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """Make a BERT with random weights for the data's vocabulary, with a head for its task.

@@ -7,6 +7,7 @@ student's layer -> teacher's layer. Layer i is what block i hands on; 0 is the e
 from collections.abc import Mapping, Sequence
 
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count
 
 KEY = "stages.<stage>.family.layer_map"
 
@@ -35,7 +36,7 @@ def last(
     student_layers: int,
     teacher_layers: int,
     *,
-    count: int | None = None,
+    count: Count | None = None,
     embeddings: bool = False,
 ) -> Mapping[int, int]:
     """Match the last layers, one by one from the top: g(L_s - i) = L_t - i.

@@ -23,13 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.errors import UserError
+from stillhouse.ranges import Finite, Share
 
 # Above it the arc is straight to the eye, and sin θ a small divisor.
 NEARLY_PARALLEL = 0.9995
 ENTRIES_AT_A_TIME = 1 << 17
 
 
-def slerp(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, weight: float) -> Tensor:
+def slerp(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, weight: Share) -> Tensor:
     """Go along the arc from a to b; on the line where |cos θ| > 0.9995, or a or b is zero.
 
     Args:
@@ -52,7 +53,7 @@ def slerp(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, weight: float) ->
     )
 
 
-def linear(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, weight: float) -> Tensor:
+def linear(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, weight: Share) -> Tensor:
     """Go along the line from a to b: (1-t) a + t b.
 
     Args:
@@ -67,7 +68,7 @@ def linear(a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, weight: float) -
 
 
 def weighted_sum(
-    a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, first_weight: float, second_weight: float
+    a: Float[Tensor, "..."], b: Float[Tensor, "..."], *, first_weight: Finite, second_weight: Finite
 ) -> Tensor:
     """Add the tensors, each with a weight of its own, whatever the two add up to.
 
@@ -117,7 +118,7 @@ def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     )
 
 
-def _check_share(weight: float) -> None:
+def _check_share(weight: Share) -> None:
     if not 0 <= weight <= 1:
         raise UserError(
             f"merging.weight={weight}: expected the share of the second model, from 0 to 1"

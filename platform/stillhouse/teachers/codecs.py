@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.objectives.tokens import log_probs
+from stillhouse.ranges import Count, CountFrom0
 from stillhouse.records.language import (
     LanguageOutput,
     LanguageSignal,
@@ -71,8 +72,8 @@ class TopK:
         dtype: of the log-probabilities.
     """
 
-    k: int
-    tail_samples: int
+    k: Count
+    tail_samples: CountFrom0
     dtype: DtypeName
     keeps_head = False
 
@@ -167,7 +168,7 @@ def pack(ids: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(flat, axis=-1, bitorder="little"))
 
 
-def unpack(packed: Tensor, k: int, bits: int) -> Tensor:
+def unpack(packed: Tensor, k: Count, bits: int) -> Tensor:
     """Return the ids [n, k] that `pack` packed."""
     flat = np.unpackbits(packed.numpy(), axis=-1, count=k * bits, bitorder="little")
     planes = flat.reshape(len(flat), k, bits).astype(np.int64)

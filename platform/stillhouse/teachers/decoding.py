@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from stillhouse.evaluation.bleu import sentence_bleu
+from stillhouse.ranges import Count, Finite, Positive, Share
 
 Tokens = list[int]
 
@@ -37,7 +38,7 @@ class Prompts:
     pad_token: int
 
 
-def greedy(model: PreTrainedModel, prompts: Prompts, *, max_new_tokens: int) -> list[Tokens]:
+def greedy(model: PreTrainedModel, prompts: Prompts, *, max_new_tokens: Count) -> list[Tokens]:
     """Take the likeliest token at every position."""
     return _generate(model, prompts, max_new_tokens=max_new_tokens)
 
@@ -46,9 +47,9 @@ def sampled(
     model: PreTrainedModel,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    max_new_tokens: Count,
+    temperature: Positive,
+    top_p: Share,
 ) -> list[Tokens]:
     """Draw from the model's distribution; torch's global generator decides.
 
@@ -74,9 +75,9 @@ def beam(
     model: PreTrainedModel,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float,
+    max_new_tokens: Count,
+    num_beams: Count,
+    length_penalty: Finite,
 ) -> list[Tokens]:
     """Take the best entry of a beam search: the approximate mode, Kim & Rush's Seq-KD."""
     return _generate(
@@ -92,9 +93,9 @@ def nearest_in_beam(
     model: PreTrainedModel,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float,
+    max_new_tokens: Count,
+    num_beams: Count,
+    length_penalty: Finite,
 ) -> list[Tokens]:
     """Take the beam's entry that is nearest to the reference: Kim & Rush's Seq-Inter.
 

@@ -11,6 +11,7 @@ from stillhouse.data.corpora.records import RecordKeys
 from stillhouse.data.documents import Document
 from stillhouse.data.vocabulary import one_line
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.ranges import Count
 
 
 def hub(
@@ -24,7 +25,7 @@ def hub(
     text_key: str = "text",
     messages_key: str = "messages",
     held_out: float = 0.05,
-    max_documents: int | None = None,
+    max_documents: Count | None = None,
     licence: str = "unknown",
 ) -> Corpus:
     """Read a data set with `datasets`; `RecordKeys` says what a record is.

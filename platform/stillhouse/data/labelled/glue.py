@@ -13,6 +13,7 @@ from stillhouse.data.corpora.records import filled, listed
 from stillhouse.data.labelled.made_up import made_up
 from stillhouse.data.labelled.task import Example, LabelledText, Task, held_out_by_content
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.ranges import Count
 
 KEY = "data.corpus"
 
@@ -57,7 +58,7 @@ def glue(
     revision: str | None = None,
     train_split: str = "train",
     test_split: str | None = None,
-    max_examples: int | None = None,
+    max_examples: Count | None = None,
     licence: str = "as of each task",
     synthetic: bool = False,
 ) -> LabelledText:

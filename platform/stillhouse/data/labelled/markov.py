@@ -19,6 +19,7 @@ from stillhouse.data.corpora.corpus import Corpus, Split
 from stillhouse.data.labelled.task import Example, LabelledText, Task
 from stillhouse.data.tasks.exercises import split_of
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count
 
 KEY = "data.corpus"
 LICENCE = "public domain"
@@ -36,9 +37,9 @@ def markov_text(
     successors: int,
     noise: float,
     length: int,
-    train_examples: int,
-    validation_examples: int,
-    test_examples: int,
+    train_examples: Count,
+    validation_examples: Count,
+    test_examples: Count,
     seed: int,
 ) -> Corpus:
     """Make texts without labels, each of one chain of the mixture.
@@ -69,9 +70,9 @@ def markov_chains(
     successors: int,
     noise: float,
     length: int,
-    train_examples: int,
-    validation_examples: int,
-    test_examples: int,
+    train_examples: Count,
+    validation_examples: Count,
+    test_examples: Count,
     seed: int,
 ) -> LabelledText:
     """Make texts of the first two chains, each labelled with its own; half of them are of either.

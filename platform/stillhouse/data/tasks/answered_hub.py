@@ -12,6 +12,7 @@ from stillhouse.data.tasks.answered_files import is_equal, parsed
 from stillhouse.data.tasks.checking import said_answer
 from stillhouse.data.tasks.exercises import Exercise, Exercises, with_held_out_exercises
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count
 
 KEY = "data.corpus.exercises"
 
@@ -28,7 +29,7 @@ def answered_hub(
     context_key: str | None = None,
     answer_key: str = "answer",
     checked: bool = False,
-    max_exercises: int | None = None,
+    max_exercises: Count | None = None,
     task: str = "answers",
     licence: str = "unknown",
 ) -> Exercises:

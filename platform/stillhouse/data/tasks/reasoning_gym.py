@@ -9,6 +9,7 @@ from stillhouse.data.tasks.checking import NUMBER, said_answer, said_integer
 from stillhouse.data.tasks.exercises import HELD_OUT, Exercise, Exercises, fill_splits, sizes_of
 from stillhouse.data.vocabulary import one_line
 from stillhouse.errors import UserError, did_you_mean
+from stillhouse.ranges import Count
 
 KEY = "data.corpus.exercises"
 # Questions repeat, and a held-out split gets one in ten.
@@ -18,9 +19,9 @@ SPARE = 4
 def reasoning_gym(
     *,
     generators: Mapping[str, Mapping[str, Any] | None],
-    train_exercises: int,
-    validation_exercises: int,
-    test_exercises: int,
+    train_exercises: Count,
+    validation_exercises: Count,
+    test_exercises: Count,
     seed: int,
 ) -> Exercises:
     """Make exercises; the label is the generator's worked answer where it has one.

@@ -16,6 +16,7 @@ from stillhouse.data.tasks.checking import says_exactly, says_integer
 from stillhouse.data.tasks.exercises import Exercise, Exercises, fill_splits, sizes_of
 from stillhouse.data.tasks.rewriting import asked_to_rewrite, check_prompt
 from stillhouse.errors import UserError
+from stillhouse.ranges import Count
 
 Style = Callable[[int, int], str]
 
@@ -65,9 +66,9 @@ def two_skills(
 def addition(
     *,
     style: Style,
-    train_exercises: int,
-    validation_exercises: int,
-    test_exercises: int,
+    train_exercises: Count,
+    validation_exercises: Count,
+    test_exercises: Count,
     seed: int,
 ) -> Exercises:
     """Make sums of two numbers of two digits; 47+38 and 38+47 are in one split.
@@ -89,9 +90,9 @@ def reversal(
     *,
     shortest: int,
     longest: int,
-    train_exercises: int,
-    validation_exercises: int,
-    test_exercises: int,
+    train_exercises: Count,
+    validation_exercises: Count,
+    test_exercises: Count,
     seed: int,
 ) -> Exercises:
     """Make words of random letters to spell backwards; a word and its reverse are in one split.
@@ -122,9 +123,9 @@ def rewriting(
     prompt: str,
     reference_style: Style,
     style: Style,
-    train_exercises: int,
-    validation_exercises: int,
-    test_exercises: int,
+    train_exercises: Count,
+    validation_exercises: Count,
+    test_exercises: Count,
     seed: int,
 ) -> Exercises:
     """Make exercises of rewriting a sum: it is shown in one style and answered in another.

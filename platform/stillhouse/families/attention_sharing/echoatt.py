@@ -29,6 +29,7 @@ from stillhouse.errors import UserError
 from stillhouse.objectives.divergences import DivergenceName, named_divergence
 from stillhouse.objectives.features import hidden_mse
 from stillhouse.objectives.tokens import likeliest_tokens, token_cross_entropy, token_divergence
+from stillhouse.ranges import Weight
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
 
@@ -38,9 +39,9 @@ def echoatt(
     signal: LanguageSignal,
     batch: SequenceBatch,
     *,
-    intermediate_weight: float = 0.25,
-    soft_weight: float = 0.25,
-    hard_weight: float = 0.5,
+    intermediate_weight: Weight = 0.25,
+    soft_weight: Weight = 0.25,
+    hard_weight: Weight = 0.5,
     divergence: DivergenceName = "reverse_kl",
     beta: float = 0.5,
     alpha: float = 0.1,

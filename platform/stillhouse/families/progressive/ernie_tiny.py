@@ -42,6 +42,7 @@ from stillhouse.objectives.relations import (
     hidden_state_mse,
     value_relation_kl,
 )
+from stillhouse.ranges import Count, Positive, Weight
 from stillhouse.records.encoders import EncoderBatch, EncoderOutput
 from stillhouse.records.losses import LossTerms
 
@@ -88,10 +89,10 @@ def ernie_tiny(
     batch: EncoderBatch,
     *,
     latent_loss: LatentLoss,
-    latent_weight: float = 1.0,
-    soft_weight: float = 1.0,
-    hard_weight: float = 1.0,
-    temperature: float = 1.0,
+    latent_weight: Weight = 1.0,
+    soft_weight: Weight = 1.0,
+    hard_weight: Weight = 1.0,
+    temperature: Positive = 1.0,
 ) -> LossTerms:
     """Return L_lat + L_soft + L_hard, the loss of the last stage, a mean over the texts.
 
@@ -143,9 +144,9 @@ def relation(
     signal: EncoderOutput,
     mask: Mask,
     *,
-    relation_heads: int = 12,
-    attention_weight: float = 1.0,
-    hidden_weight: float = 1.0,
+    relation_heads: Count = 12,
+    attention_weight: Weight = 1.0,
+    hidden_weight: Weight = 1.0,
 ) -> Terms:
     """KL of attention and KL of relations between hidden states, each summed over the layers.
 

@@ -18,6 +18,7 @@ from stillhouse.errors import UserError
 from stillhouse.families.sequence.sft import sft
 from stillhouse.objectives.divergences import DivergenceName, named_divergence
 from stillhouse.objectives.tokens import token_cross_entropy, token_divergence
+from stillhouse.ranges import Positive, Weight
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
 
@@ -30,9 +31,9 @@ def word_kd(
     divergence: DivergenceName = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.1,
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
     scale_by_temperature_squared: bool = True,
-    cross_entropy_weight: float = 0.0,
+    cross_entropy_weight: Weight = 0.0,
 ) -> LossTerms:
     """Return the distillation loss, a mean over the tokens that count.
 
