@@ -25,7 +25,8 @@ def write(name, *records):
 
 
 def held():
-    return {"validation_path": write("v.jsonl", FINE), "test_path": write("t.jsonl", FINE)}
+    other = FINE | {"instruction": "And what else?"}
+    return {"validation_path": write("v.jsonl", other), "test_path": write("t.jsonl", other)}
 
 
 def test_records_become_exercises_and_conversations():

@@ -42,26 +42,43 @@ def test_answers_are_checked_against_what_the_worked_one_says():
     assert not exercise.check("1+1=2\n#### 3")
     held, trained = made.splits["validation"], made.splits["train"]
     assert held, "a tenth of the training ones"
-    assert len(held) + len(trained) == 40
+    assert len(held) + len(trained) == 38
     assert not {e.instruction for e in held} & {e.instruction for e in trained}
 
 
-def test_open_answers_with_a_context():
-    rows = [{"instruction": f"say {n}", "input": "be kind" if n % 2 else "", "output": f"ok {n}"}
-            for n in range(6)]  # fmt: skip
-    save(train=rows, test=rows, validation=rows)
+def test_open_answers_with_a_context_and_what_they_are_about():
+    rows = [
+        {
+            "instruction": f"say {n}",
+            "about": "" if n % 3 else "sheep",
+            "system": "be kind" if n % 2 else "",
+            "output": f"ok {n}",
+        }
+        for n in range(9)
+    ]
+    save(train=rows[:6], validation=rows[6:], test=rows[6:])
     made = answered_hub(
         id=ID,
         validation_split="validation",
         test_split="test",
-        context_key="input",
+        input_key="about",
+        context_key="system",
         answer_key="output",
         max_exercises=3,
     )
     assert [len(part) for part in made.splits.values()] == [3, 3, 3]
     first, second, _ = made.splits["train"]
-    assert (first.context, second.context) == (None, "be kind")
+    assert (first.context, first.instruction) == (None, "say 0\n\nsheep")
+    assert (second.context, second.instruction) == ("be kind", "say 1")
     assert first.check is None
+
+
+def test_what_a_given_split_asks_is_not_trained_on():
+    rows = [{"instruction": f"say {n}", "answer": f"ok {n}"} for n in range(40)]
+    save(train=rows, test=rows[:30])
+    splits = answered_hub(id=ID, test_split="test").splits
+    trained = {e.instruction for e in [*splits["train"], *splits["validation"]]}
+    assert trained == {f"say {n}" for n in range(30, 40)}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +106,7 @@ def test_open_answers_with_a_context():
     ],
 )
 def test_settings_that_cannot_be(changes, message):
-    save(train=sums(20), test=sums(1))
+    save(train=sums(21)[1:], test=sums(1))
     with pytest.raises(UserError) as refused:
         gsm(**changes)
     assert str(refused.value) == message

@@ -10,6 +10,7 @@ from stillhouse.data.tasks.checking import said_answer, said_integer, says_exact
         ("7+8=15, 4+3+1=8, so 85", 85),
         ("it is -4.", -4),
         ("15-3", 3),
+        ("it is \u22124", -4),
         ("3 - -12", -12),
         ("1,234,567 apples", 1234567),
         ("85.00", 85),

@@ -151,6 +151,13 @@ KEY = "data.corpus.exercises"
             "not take these settings: AssertionError: max_terms must be >= min_terms",
         ),
         (
+            {"spell_backward": {"min_word_len": 60, "max_word_len": 61}},
+            {},
+            f"{KEY}.generators.spell_backward={{'min_word_len': 60, 'max_word_len': 61}}: the "
+            "generator does not take these settings: IndexError: Cannot choose from an empty "
+            "sequence",
+        ),
+        (
             {"propositional_logic": {}},
             {},
             f"{KEY}.generators.propositional_logic: the generator gives no answer to learn; "

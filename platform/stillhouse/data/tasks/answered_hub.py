@@ -26,6 +26,7 @@ def answered_hub(
     validation_split: str | None = None,
     test_split: str | None = None,
     instruction_key: str = "instruction",
+    input_key: str | None = None,
     context_key: str | None = None,
     answer_key: str = "answer",
     checked: bool = False,
@@ -42,6 +43,8 @@ def answered_hub(
         train_split: name of the training split, or a slice of it such as `train[:1000]`.
         validation_split, test_split: the same; null holds a tenth of the training ones out.
         instruction_key: column of the question.
+        input_key: column of the text that the question is about; it is asked behind the question,
+            after a blank line, unless it is empty.
         context_key: column of what the system says before; null, or an empty text, says nothing.
         answer_key: column of the worked answer.
         checked: whether other answers are checked, with `math-verify`, against what the worked one
@@ -57,7 +60,12 @@ def answered_hub(
     if max_exercises is not None and max_exercises < 1:
         raise UserError(f"{KEY}.max_exercises={max_exercises}: expected 1 or more, or null")
     version = {"config_name": config_name, "revision": revision}
-    columns = {"instruction": instruction_key, "context": context_key, "answer": answer_key}
+    columns = {
+        "instruction": instruction_key,
+        "input": input_key,
+        "context": context_key,
+        "answer": answer_key,
+    }
 
     def exercises(key: str, split: str) -> Iterator[Exercise]:
         rows = rows_of(id, key, split, version, prefix=KEY)
@@ -87,14 +95,17 @@ def answered_hub(
 def _exercise(
     row: dict[str, Any], columns: dict[str, str | None], place: str, *, task: str, checked: bool
 ) -> Exercise:
-    instruction, context, answer = (
+    instruction, about, context, answer = (
         None if column is None else row[column] for column in columns.values()
     )
+    question = [filled(instruction, repr(columns["instruction"]), place)]
+    if about:
+        question.append(string(about, repr(columns["input"]), place))
     worked = filled(answer, repr(columns["answer"]), place)
     gold = parsed(said_answer(worked), place) if checked else None
     return Exercise(
         task=task,
-        instruction=filled(instruction, repr(columns["instruction"]), place),
+        instruction="\n\n".join(question),
         answer=worked,
         place=place,
         context=string(context, repr(columns["context"]), place) if context else None,

@@ -7,6 +7,8 @@ that is an integer is the last number in it.
 import re
 
 MARK = re.compile(r"####|\banswer\s*:", re.IGNORECASE)
+# The minus of typesetting, which chat models write.
+MINUS = "\u2212"
 # A minus behind a digit subtracts; a comma parts thousands only.
 NUMBER = re.compile(r"(?<![0-9.])-?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
 
@@ -19,7 +21,7 @@ def said_answer(text: str) -> str:
 
 def said_integer(text: str) -> int | None:
     """Return the last number of what a text says; None where there is none, or it is not whole."""
-    numbers = NUMBER.findall(said_answer(text))
+    numbers = NUMBER.findall(said_answer(text).replace(MINUS, "-"))
     if not numbers:
         return None
     whole, _, fraction = numbers[-1].replace(",", "").partition(".")

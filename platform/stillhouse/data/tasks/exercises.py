@@ -127,6 +127,8 @@ def with_held_out_exercises(
 ) -> dict[Split, Sequence[Exercise]]:
     """Return all three splits, those that are not given held out of the training exercises.
 
+    What a given split asks is left out of the others: nothing is trained on that is tested.
+
     Args:
         train: the training exercises.
         given: the validation and test exercises that the set has by itself.
@@ -138,7 +140,10 @@ def with_held_out_exercises(
     """
     missing: list[Split] = ["train", *(s for s in HELD_OUT_SPLITS if s not in given)]
     parts: dict[Split, list[Exercise]] = {split: [] for split in missing}
+    asked = {(e.context, e.instruction) for exercises in given.values() for e in exercises}
     for exercise in train:
+        if (exercise.context, exercise.instruction) in asked:
+            continue
         split = split_of(f"{exercise.context or ''}\n{exercise.instruction}")
         parts[split if split in parts else "train"].append(exercise)
     for split, exercises in parts.items():

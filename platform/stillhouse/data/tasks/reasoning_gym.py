@@ -68,7 +68,10 @@ def _exercises(
     start = generator_for(seed).initial_seed() % 2**31
     dataset = _dataset(name, settings, size=max(1, tries), seed=start)
     for i in range(tries):
-        entry = dataset[i]
+        try:
+            entry = dataset[i]
+        except (TypeError, ValueError, IndexError, AssertionError) as error:
+            raise _refusal(name, settings, error) from error
         place = f"{name}, exercise {i}"
         question, answer = entry["question"].strip(), entry["answer"]
         if not isinstance(answer, str):
@@ -98,10 +101,14 @@ def _dataset(name: str, settings: Mapping[str, Any], *, size: int, seed: int) ->
     try:
         return package.create_dataset(name, size=size, seed=seed, **settings)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{KEY}.generators.{name}={dict(settings)}: the generator does not take these "
-            f"settings: {one_line(error)}"
-        ) from error
+        raise _refusal(name, settings, error) from error
+
+
+def _refusal(name: str, settings: Mapping[str, Any], error: Exception) -> UserError:
+    return UserError(
+        f"{KEY}.generators.{name}={dict(settings)}: the generator does not take these settings: "
+        f"{one_line(error)}"
+    )
 
 
 def _is_right(text: str, *, dataset: Any, entry: dict[str, Any]) -> bool:
