@@ -26,8 +26,8 @@ KEYS_OF_WORD_KD = (
         ),
         (
             ["teacher=life"],
-            "teacher=life: the group teacher has no such option; expected cached, encoder, hf, "
-            "live; did you mean 'live'?",
+            "teacher=life: the group teacher has no such option; expected cached, cached_encoder, "
+            "encoder, hf, live; did you mean 'live'?",
         ),
         (
             ["method.temprature=2"],

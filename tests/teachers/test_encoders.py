@@ -64,6 +64,11 @@ def test_bad_input(path, tmp_path: Path) -> None:
     assert refusal(FakeData(CLASSES, sequence_length=40)) == (
         f"data.sequence_length=40: teacher.path={path} has 20 positions; expected 20 or less"
     )
+    deberta = save(make("deberta"), tmp_path / "deberta")
+    assert refusal(FakeData(), deberta) == (
+        f"teacher.path={deberta}: a model of the type deberta has no attention sdpa; set "
+        "attn_implementation=eager, beside the path"
+    )
     make_tokenizer(22).save_pretrained(path)
     assert refusal(FakeData()).startswith(
         f"teacher.path={path}: its tokenizer has 22 tokens, the data's 23, and 1 of them differ"

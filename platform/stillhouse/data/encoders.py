@@ -1,6 +1,6 @@
 """Text for encoders as a LightningDataModule: a corpus or labelled text, a tokenizer, batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -202,6 +202,20 @@ class EncoderData(pl.LightningDataModule):
     def truncated(self, split: Split) -> int:
         """Return how many rows of a split were cut; none of a corpus is."""
         return sum(row.cut for row in self.rows(split))
+
+    def report(self) -> Mapping[str, int]:
+        """Return how many of the labelled texts that are trained on were cut."""
+        return {} if self.task is None else {"truncated_texts": self.truncated("train")}
+
+    def remarks(self) -> Sequence[str]:
+        """Say that labelled texts were cut, if any were."""
+        cut = self.report().get("truncated_texts")
+        if not cut:
+            return []
+        return [
+            f"{cut} of {len(self.rows('train'))} training texts are longer than "
+            f"data.sequence_length={self.sequence_length} and were cut"
+        ]
 
     def _check_lengths(self, rows: Sequence[EncodedRow], split: Split) -> None:
         longer = [i for i, row in enumerate(rows) if row.cut]

@@ -26,12 +26,14 @@ class Evaluate:
     seed: int = 0
 
     def __call__(self, context: StageContext) -> StageResult:
-        """Evaluate; write `models.json` and `samples.json`, and log the samples as a table."""
+        """Evaluate; write `models.json`, and samples, if any, to `samples.json` and a table."""
         models = {role: path for role, path in self.models.items() if path is not None}
         data = instantiate(self.data, _recursive_=False)(self.seed)
         with context.console.status(f"{context.name}: {', '.join(models)}"):
             evaluated = instantiate(self.evaluator)(models, data)
         write_json(context.output / "models.json", evaluated.models)
-        write_json(context.output / "samples.json", evaluated.samples)
-        context.tracker.table("samples", ["model", "prompt", "continuation"], evaluated.samples)
+        if evaluated.samples:
+            write_json(context.output / "samples.json", evaluated.samples)
+            columns = ["model", "prompt", "continuation"]
+            context.tracker.table("samples", columns, evaluated.samples)
         return StageResult(models=evaluated.models)

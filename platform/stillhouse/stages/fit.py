@@ -1,8 +1,9 @@
 """The stage `fit`: train a student with a family and a method, and hand it on as a model folder."""
 
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
@@ -15,6 +16,7 @@ from stillhouse.errors import UserError
 from stillhouse.families.checkpoints import latest_checkpoint, step_of
 from stillhouse.families.distiller import Distiller
 from stillhouse.stages import ranks
+from stillhouse.stages.artifacts import Number
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.progress import StageProgress
@@ -29,6 +31,19 @@ LIGHTNING_CHATTER = (
     r".*does not have many workers.*",
     r".*when logging on epoch level in distributed setting.*",
 )
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A part of a stage, data or a callback, that has something to say of what it did."""
+
+    def report(self) -> Mapping[str, Number]:
+        """Return numbers for the stage's metrics, units in the names."""
+        ...
+
+    def remarks(self) -> Sequence[str]:
+        """Return what the user should read, in lines."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +61,8 @@ class Fit:
         data: LightningDataModule, partial, called with (seed).
         optimizer: partial, called with (module, max_steps).
         trainer: `lightning.Trainer`, partial; logger and callbacks are added here.
-        callbacks: further callbacks by name; None leaves one out.
+        callbacks: further callbacks by name, the recipe's; None leaves one out.
+        own_callbacks: those of this stage alone, alike.
         seed: decides initialisation, order and every other draw.
     """
 
@@ -58,6 +74,7 @@ class Fit:
     optimizer: dict[str, Any]
     trainer: dict[str, Any]
     callbacks: dict[str, Any] = field(default_factory=dict)
+    own_callbacks: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __call__(self, context: StageContext) -> StageResult:
@@ -73,8 +90,10 @@ class Fit:
         if teacher is not None:
             sizes["teacher_parameters"] = number_of_parameters(teacher)
         context.tracker.describe(sizes)
+        reports = dict(_heard(context, [data]))
         progress = StageProgress(context.name, context.console)
-        callbacks = [instantiate(node) for node in self.callbacks.values() if node is not None]
+        nodes = (self.callbacks | self.own_callbacks).values()
+        callbacks = [instantiate(node) for node in nodes if node is not None]
         trainer = self._trainer(context, [progress, *callbacks])
         checkpoint = latest_checkpoint(context.scratch)
         for logger in context.tracker.loggers:
@@ -96,7 +115,8 @@ class Fit:
         module.stop_if_parameters_not_finite()
         if trainer.is_global_zero:
             module.export(context.output, data)
-        return StageResult(metrics={**sizes, **module.summary()})
+        reports |= _heard(context, callbacks)
+        return StageResult(metrics={**sizes, **module.summary(), **reports})
 
     def _trainer(self, context: StageContext, callbacks: list[pl.Callback]) -> pl.Trainer:
         """Build the trainer.
@@ -127,6 +147,17 @@ class Fit:
                 f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
             )
         return trainer
+
+
+def _heard(context: StageContext, parts: Iterable[object]) -> Mapping[str, Number]:
+    """Speak the remarks of parts that have some, and return what they report."""
+    reports: dict[str, Number] = {}
+    for part in parts:
+        if isinstance(part, Reporting):
+            reports |= part.report()
+            for remark in part.remarks():
+                context.console.print(f"{context.name}: {remark}")
+    return reports
 
 
 def number_of_parameters(module: nn.Module) -> int:

@@ -1,5 +1,9 @@
 """The workspace: where a run's artifacts lie, and what `${artifact:<stage>}` stands for.
 
+`${artifact:<a>,<b>}` is that of the first of these stages that is not left out, so that a recipe
+can go on from whatever came before. `${remaining:<steps>,<a>,<b>}` is what the stages a and b,
+where they are not left out, leave of a number of optimiser steps.
+
 The resolver is bound to a workspace by a context variable. Without one (`--cfg job --resolve`) it
 gives the path that the artifact has in every run directory, whether or not it exists.
 """
@@ -23,18 +27,36 @@ _reference: ContextVar[Callable[[str], str]] = ContextVar("artifact reference")
 
 
 def register_resolvers() -> None:
-    """Make `${artifact:<stage>}` and `${steps:<factor>,<steps>}` known to OmegaConf."""
+    """Make `artifact`, `remaining` and `steps`, a share of a budget, known to OmegaConf."""
     OmegaConf.register_new_resolver("artifact", _resolve_artifact, replace=True)
     OmegaConf.register_new_resolver("steps", _part_of_steps, replace=True)
+    OmegaConf.register_new_resolver("remaining", _remaining_steps, replace=True)
 
 
-def _resolve_artifact(stage: str) -> str:
-    return _reference.get(_relative_path)(stage)
+def _resolve_artifact(*stages: str, _root_: DictConfig) -> str:
+    chosen = next((stage for stage in stages if _is_there(stage, _root_)), stages[-1])
+    return _reference.get(_relative_path)(chosen)
 
 
 def _part_of_steps(factor: float, steps: int) -> int:
     """Return a budget that follows another one, to the nearest step and one at least."""
     return max(1, round(factor * steps))
+
+
+def _remaining_steps(steps: int, *stages: str, _root_: DictConfig) -> int:
+    """Return what stages leave of a budget; those that are left out take nothing of it."""
+    taken = {s: int(_root_.stages[s].trainer.max_steps) for s in stages if _is_there(s, _root_)}
+    if sum(taken.values()) >= steps:
+        said = ", ".join(f"stages.{s}.trainer.max_steps={n}" for s, n in taken.items())
+        raise UserError(
+            f"trainer.max_steps={steps}: {said} leave no step of it; expected more, for it is the "
+            "budget of these stages and the last one together"
+        )
+    return steps - sum(taken.values())
+
+
+def _is_there(stage: str, config: DictConfig) -> bool:
+    return OmegaConf.select(config, f"stages.{stage}") is not None
 
 
 def _relative_path(stage: str) -> str:

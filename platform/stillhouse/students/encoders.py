@@ -18,7 +18,7 @@ from stillhouse.data.encoders import EncoderData
 from stillhouse.data.labelled.task import Task
 from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
-from stillhouse.ranges import Count, Share
+from stillhouse.ranges import Count, Positive, Share
 from stillhouse.records.encoders import AttentionTap, EncoderBatch, EncoderOutput
 from stillhouse.students.causal_lm import check_dtype, check_model_folder, loading
 from stillhouse.students.encoder_layouts import (
@@ -52,6 +52,7 @@ def encoder(
     max_position_embeddings: Count = 512,
     hidden_dropout_prob: Share = 0.1,
     attention_probs_dropout_prob: Share = 0.1,
+    initializer_range: Positive = 0.02,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """Make a BERT with random weights for the data's vocabulary, with a head for its task.
@@ -77,6 +78,7 @@ def encoder(
         max_position_embeddings=max_position_embeddings,
         hidden_dropout_prob=hidden_dropout_prob,
         attention_probs_dropout_prob=attention_probs_dropout_prob,
+        initializer_range=initializer_range,
         pad_token_id=tokenizer.pad_token_id,
     )
     auto = _with_head(config, data.task)
@@ -127,14 +129,21 @@ def load_encoder(
 
     Raises:
         UserError: for a folder without a model or with one of another kind, weights that are
-            missing, a dtype that torch does not have, and a stored head of another task.
+            missing, a dtype that torch does not have, an attention that the model does not have,
+            and a stored head of another task.
     """
     check_dtype(dtype, key=key)
-    config = _stored_config(path, key=key)
+    config = stored_config(path, key=key)
     where = f"{key}.path={path}"
     if task is not None and _has_head(config):
         _check_head(config, task, where)
     auto = _with_head(config, task)
+    # DeBERTa; transformers' own message is longer than a line.
+    if attn_implementation == "sdpa" and not auto._model_mapping[type(config)]._supports_sdpa:
+        raise UserError(
+            f"{where}: a model of the type {config.model_type} has no attention sdpa; set "
+            "attn_implementation=eager, beside the path"
+        )
     with loading(where):
         model, report = auto.from_pretrained(
             path,
@@ -170,7 +179,7 @@ def has_head(path: str, *, key: str) -> bool:
     Raises:
         UserError: when no encoder that `encoder_layouts` knows lies there.
     """
-    return _has_head(_stored_config(path, key=key))
+    return _has_head(stored_config(path, key=key))
 
 
 def read_encoder(
@@ -271,7 +280,7 @@ def _check_length(batch: EncoderBatch, model: nn.Module) -> None:
         )
 
 
-def _stored_config(path: str, *, key: str) -> Any:
+def stored_config(path: str, *, key: str) -> Any:
     """Read the config of an encoder.
 
     Raises:

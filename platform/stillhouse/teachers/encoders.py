@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from stillhouse.data.encoders import EncoderData
 from stillhouse.records.encoders import EncoderBatch, EncoderOutput
@@ -18,6 +18,11 @@ class LiveEncoder(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.train(False)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The teacher's shape."""
+        return self.model.config
 
     def train(self, mode: bool = True) -> "LiveEncoder":
         """Stay in eval mode: a teacher with dropout on gives another signal every time."""

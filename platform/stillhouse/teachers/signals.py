@@ -164,16 +164,34 @@ def read_index(folder: Path, *, key: str) -> Index:
             f"{FORMAT}; make it anew with force=cache"
         )
     index = Index(**{**content, "source": Source(**content["source"])})
-    for shard in index.shards:
+    check_shards(folder, index.shards, key=key, index=INDEX, anew=ANEW)
+    return index
+
+
+def check_shards(
+    folder: Path, shards: Sequence[dict[str, Any]], *, key: str, index: str, anew: str
+) -> None:
+    """Check that every shard is whole.
+
+    Args:
+        folder: where they lie.
+        shards: file name and sha256 of each.
+        key: of the folder in the config, for messages.
+        index: name of the file that lists them.
+        anew: how they are made anew.
+
+    Raises:
+        UserError: for one that is missing, cut short or changed.
+    """
+    for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
-            raise UserError(f"{key}={folder}: {shard['file']} is missing; {ANEW}")
+            raise UserError(f"{key}={folder}: {shard['file']} is missing; {anew}")
         if sha256_of(path) != shard["sha256"]:
             raise UserError(
                 f"{key}={folder}: {shard['file']} was cut short or changed (its checksum differs "
-                f"from the one in {INDEX}); {ANEW}"
+                f"from the one in {index}); {anew}"
             )
-    return index
 
 
 def check_source(found: Source, wanted: Source, folder: Path, *, key: str) -> None:

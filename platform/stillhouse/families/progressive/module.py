@@ -32,8 +32,8 @@ class ProgressiveDistiller(Distiller):
 
     Args:
         student: the encoder that learns.
-        teacher: called with (batch, hidden_layers, attention_layers), its own layers; None for
-            methods that have none.
+        teacher: called with (batch, hidden_layers, attention_layers), its own layers, and with a
+            `config` that tells its shape; None for methods that have none.
         method: the loss.
         optimizer: called with (what learns, max_steps).
         layer_map: of `students.layer_maps`: which of the teacher's layers the method compares each
@@ -181,4 +181,4 @@ def _projections(
 
 
 def _of_both(student: Any, teacher: Any, name: str) -> tuple[int, int]:
-    return getattr(student.config, name), getattr(teacher.model.config, name)
+    return getattr(student.config, name), getattr(teacher.config, name)
