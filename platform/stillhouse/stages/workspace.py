@@ -44,15 +44,19 @@ def _part_of_steps(factor: float, steps: int) -> int:
 
 
 def _remaining_steps(steps: int, *stages: str, _root_: DictConfig) -> int:
-    """Return what stages leave of a budget; those that are left out take nothing of it."""
+    """Return what stages leave of a budget, one at least; a stage left out takes nothing of it.
+
+    Raises:
+        UserError: when they take more than there is.
+    """
     taken = {s: int(_root_.stages[s].trainer.max_steps) for s in stages if _is_there(s, _root_)}
-    if sum(taken.values()) >= steps:
+    if sum(taken.values()) > steps:
         said = ", ".join(f"stages.{s}.trainer.max_steps={n}" for s, n in taken.items())
         raise UserError(
-            f"trainer.max_steps={steps}: {said} leave no step of it; expected more, for it is the "
-            "budget of these stages and the last one together"
+            f"trainer.max_steps={steps}: {said} take more; it is the budget of these stages and the "
+            "last one together: raise it, or lower theirs"
         )
-    return steps - sum(taken.values())
+    return max(1, steps - sum(taken.values()))
 
 
 def _is_there(stage: str, config: DictConfig) -> bool:
