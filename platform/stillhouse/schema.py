@@ -28,6 +28,7 @@ class Recipe:
         product: the role whose model the run directory keeps in `student/`.
         models: role -> path of its model, for the evaluation and the product.
         stages: what is done, in this order; null leaves a stage out.
+        leave_out: names of stages to leave out, a value that a sweep can run over.
         plan: list the stages and what would run, and run nothing.
         stop_after: the last stage to run.
         force: a stage, or a list of stages, to run again although it is done.
@@ -43,6 +44,7 @@ class Recipe:
     product: str | None = None
     models: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
+    leave_out: list[str] = field(default_factory=list)
     plan: bool = False
     stop_after: str | None = None
     force: Any = None

@@ -1,13 +1,16 @@
 """The debug overlay: wherever a leaf of that name stands, save where the user set it."""
 
+import pytest
 from omegaconf import OmegaConf
 
 from stillhouse.config import overlay
+from stillhouse.errors import UserError
 
 
 def config():
     return OmegaConf.create(
         {
+            "leave_out": [],
             "debug": {"everywhere": {"max_steps": 2, "limit": 5}},
             "trainer": {"max_steps": 300, "limit": None},
             "stages": {
@@ -42,3 +45,18 @@ def test_no_overlay_changes_nothing() -> None:
     before = OmegaConf.to_yaml(plain)
     overlay.apply(plain, set())
     assert OmegaConf.to_yaml(plain) == before
+
+
+def test_stages_that_are_left_out_are_null() -> None:
+    laid = config()
+    laid.leave_out = ["student"]
+    overlay.apply(laid, set())
+    assert laid.stages.student is None
+    assert laid.stages.teacher.trainer.max_steps == 2
+    laid.leave_out = ["techer"]
+    with pytest.raises(UserError) as refused:
+        overlay.apply(laid, set())
+    assert str(refused.value) == (
+        "leave_out=[techer]: this recipe has no stage of that name; its stages are teacher, "
+        "student; did you mean 'teacher'?"
+    )

@@ -63,8 +63,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def cache(world, path, stage_context):
+def cache(world, path, stage_context, tmp_path):
     """A function that caches the signal; returns its folder and the stage's metrics."""
+
+    BertConfig(num_hidden_layers=2).save_pretrained(tmp_path / "student")
 
     def cache(name: str = "cache", **changes: Any) -> tuple[Path, Any]:
         context = stage_context(name)
@@ -72,7 +74,7 @@ def cache(world, path, stage_context):
             "teacher": {"_target_": LIVE, "_partial_": True, "path": path},
             "data": world.data(),
             "layer_map": MAP,
-            "student_layers": 2,
+            "student_path": str(tmp_path / "student"),
             "batches_per_shard": 2,
         }
         metrics = CacheEncoder(**(settings | changes))(context).metrics
@@ -193,7 +195,7 @@ def test_half_precision_is_near_and_read_as_float32(world, path, cache) -> None:
 
 
 def test_logits_alone_are_kept_without_a_map(world, path, cache) -> None:
-    folder, _ = cache(layer_map=None, student_layers=None)
+    folder, _ = cache(layer_map=None, student_path=None)
     data = world.made()
     live, read = live_encoder(data, path=path), cached_encoder(data, path=path, signal_path=folder)
     for batch in shuffled(world):
@@ -298,7 +300,7 @@ def test_layers_that_were_not_cached_are_refused(world, path, signal) -> None:
             read(batch, **{asked: [1, 2, 3]})
         assert str(refused.value) == (
             f"teacher.signal_path={signal}: the signal has the teacher's layers {there}, not "
-            "[1, 3]; give its stage the fit's layer_map and student_layers, and "
+            "[1, 3]; give its stage the fit's layer_map and student_path, and "
             f"{OR_LIVE}"
         )
 
@@ -331,7 +333,7 @@ def test_settings_of_the_stage_that_cannot_be_are_refused(cache) -> None:
     assert refused(splits=["train", "dev"]) == (
         "stages.cache.splits=['train', 'dev']: expected one or more of train, validation, test"
     )
-    assert refused(student_layers=None) == (
-        "stages.cache.student_layers=null: stages.cache.layer_map has to know how many layers the "
-        "student has; expected their number"
+    assert refused(student_path=None) == (
+        "stages.cache.student_path=null: stages.cache.layer_map has to know how many layers the "
+        "student has; expected its folder"
     )

@@ -17,6 +17,7 @@ Stillhouse: small fast models from large slow ones.
                                                     a sweep, a run for every combination
   python run.py plan=true                           what is cached and what would run
   python run.py stop_after=<stage>                  only the first stages
+  python run.py leave_out=[<stage>]                 without some of them
   python run.py force=<stage>                       a finished stage once more
   python run.py resume=<run directory>              go on with a killed run
   python run.py debug=tiny                          the recipe in seconds (also: fast, overfit)

@@ -1,21 +1,33 @@
-"""`debug=…`: small values laid over a recipe wherever a key of that name stands.
+"""What is laid over a recipe: `debug=…`, small values, and `leave_out=…`, fewer stages.
 
-The overlay names leaves (`max_steps`, `hidden_size`, …), not places, so one file shrinks every
-recipe. What the command line sets itself wins over it.
+The overlay of `debug` names leaves (`max_steps`, `hidden_size`, …), not places, so one file shrinks
+every recipe. What the command line sets itself wins over it.
 """
 
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from stillhouse.errors import UserError, did_you_mean
+
 
 def apply(config: DictConfig, overridden: set[str] | None = None) -> None:
-    """Lay `config.debug.everywhere` over all stages and root groups, in place.
+    """Leave stages out, then lay `config.debug.everywhere` over the others and the root groups.
 
     Args:
-        config: a composed recipe, unresolved.
+        config: a composed recipe, unresolved; it is changed in place.
         overridden: dotted keys that the user set; by default those of the running Hydra job.
+
+    Raises:
+        UserError: for a name in `leave_out` that is no stage's.
     """
+    for stage in config.leave_out:
+        if stage not in config.stages:
+            raise UserError(
+                f"leave_out=[{stage}]: this recipe has no stage of that name; its stages are "
+                f"{', '.join(config.stages)}{did_you_mean(stage, config.stages)}"
+            )
+        config.stages[stage] = None
     if config.debug is None:
         return
     values = OmegaConf.to_container(config.debug.everywhere)

@@ -88,7 +88,7 @@ def _refuse_what_is_no_override(overrides: list[str], conf: Path) -> None:
 
 
 def compose_job(overrides: list[str], conf: Path, config_name: str = "run") -> DictConfig:
-    """Compose a job's config as Hydra would, with the debug overlay laid over it."""
+    """Compose a job's config as Hydra would, with what is laid over it."""
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         config = compose(config_name, overrides=overrides)
     if "debug" in config:

@@ -14,6 +14,7 @@ from stillhouse.files import sha256_of
 from stillhouse.ranges import Count
 from stillhouse.records.encoders import EncoderBatch
 from stillhouse.stages.stage import StageContext, StageResult
+from stillhouse.students.encoders import stored_config
 from stillhouse.teachers.encoder_signals import EncoderIndex, Rows, encode, source_of, write_index
 from stillhouse.teachers.encoders import LiveEncoder
 from stillhouse.teachers.signals import rows_in, write_shard
@@ -36,7 +37,7 @@ class CacheEncoder:
         splits: of `train`, `validation` and `test`, what is cached; a fit that validates reads
             `train` and `validation`.
         layer_map: the fit's; the teacher's layers that it names are kept. None: logits alone.
-        student_layers: of the fit's student, for the map.
+        student_path: folder of the fit's student, or of one with as many layers, for the map.
         dtype: of hidden states, queries, keys and values.
         batches_per_shard: of `data.evaluation_batch_size` texts.
     """
@@ -45,7 +46,7 @@ class CacheEncoder:
     data: dict[str, Any]
     splits: Sequence[Split] = ("train", "validation")
     layer_map: dict[str, Any] | None = None
-    student_layers: Count | None = None
+    student_path: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     batches_per_shard: Count = 32
 
@@ -97,14 +98,15 @@ class CacheEncoder:
         """Return the teacher's layers that the map names."""
         if self.layer_map is None:
             return []
-        if self.student_layers is None:
+        if self.student_path is None:
             raise UserError(
-                f"stages.{stage}.student_layers=null: stages.{stage}.layer_map has to know how "
-                "many layers the student has; expected their number"
+                f"stages.{stage}.student_path=null: stages.{stage}.layer_map has to know how many "
+                "layers the student has; expected its folder"
             )
         layer_map: LayerMap = instantiate(self.layer_map)
+        student = stored_config(self.student_path, key=f"stages.{stage}.student_path")
         config: Any = teacher.config
-        return sorted(set(layer_map(self.student_layers, config.num_hidden_layers).values()))
+        return sorted(set(layer_map(student.num_hidden_layers, config.num_hidden_layers).values()))
 
     def _batches(self, data: EncoderData, stage: str) -> list[EncoderBatch]:
         """Return the texts of all splits."""

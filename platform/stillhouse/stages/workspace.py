@@ -53,8 +53,8 @@ def _remaining_steps(steps: int, *stages: str, _root_: DictConfig) -> int:
     if sum(taken.values()) > steps:
         said = ", ".join(f"stages.{s}.trainer.max_steps={n}" for s, n in taken.items())
         raise UserError(
-            f"trainer.max_steps={steps}: {said} take more; it is the budget of these stages and the "
-            "last one together: raise it, or lower theirs"
+            f"trainer.max_steps={steps}: {said} take more; it is the budget of these stages and "
+            "the last one together: raise it, or lower theirs"
         )
     return max(1, steps - sum(taken.values()))
 
