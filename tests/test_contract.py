@@ -9,7 +9,12 @@ from commands import ROOT, TINY, only_run, run_here
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from stillhouse.config import preflight, signatures
 from stillhouse.schema import register_schemas
@@ -35,6 +40,14 @@ def compose(recipe: str, *overrides: str):
     register_schemas()
     register_resolvers()
     return preflight.compose_job([f"experiment={recipe}", *overrides], CONF)
+
+
+def load_student(folder: Path):
+    """Load the product as what its config says it is."""
+    (architecture,) = AutoConfig.from_pretrained(folder / "student").architectures
+    language = architecture.endswith("ForCausalLM")
+    auto = AutoModelForCausalLM if language else AutoModelForSequenceClassification
+    return auto.from_pretrained(folder / "student")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -74,7 +87,7 @@ def test_a_recipe_takes_two_steps_and_exports(capfd, here: Path, recipe: str, pr
     for numbers in results["models"].values():
         assert all(torch.isfinite(torch.tensor(float(v))) for v in numbers.values()), numbers
     product = results["models"][OmegaConf.load(folder / "config.yaml").product]
-    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    student = load_student(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     assert student.num_parameters() == product["parameters"]
     assert len(tokenizer) == student.config.vocab_size

@@ -192,6 +192,8 @@ def test_half_precision_is_near_and_read_as_float32(world, path, cache) -> None:
         wanted = tensors(live(batch, **ASKED), batch.attention_mask)
         for name, tensor in tensors(read(batch, **ASKED), batch.attention_mask).items():
             torch.testing.assert_close(tensor, wanted[name], rtol=2e-3, atol=2e-3)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert read(batch, **ASKED).hidden_states[2].dtype == torch.float32
 
 
 def test_logits_alone_are_kept_without_a_map(world, path, cache) -> None:

@@ -166,8 +166,9 @@ class EncoderSignalReader:
         places = [self._places[key] for key in keys]
         layers: Iterator[Tensor] = iter(())
         if self.index.hidden_layers or self.index.attention_layers:
-            tokens = [self._slice(n, "tokens", start, stop) for n, _, start, stop in places]
-            layers = self._layers(torch.cat(tokens), batch.attention_mask)
+            # As float32 from here on: autocast refuses to join what is stored as float16.
+            slices = (self._slice(n, "tokens", start, stop) for n, _, start, stop in places)
+            layers = self._layers(torch.cat([s.float() for s in slices]), batch.attention_mask)
         hidden = {layer: next(layers) for layer in self.index.hidden_layers}
         attention = {
             layer: AttentionTap(*(self._by_head(next(layers)) for _ in range(3)))
@@ -185,7 +186,7 @@ class EncoderSignalReader:
     def _layers(self, tokens: Tensor, mask: Tensor) -> Iterator[Float[Tensor, "B N D"]]:
         """Yield what is kept of each layer, laid out over the batch."""
         laid_out = torch.zeros(*mask.shape, tokens.shape[-1], device=mask.device)
-        laid_out[mask] = tokens.to(mask.device, torch.float32)
+        laid_out[mask] = tokens.to(mask.device)
         yield from laid_out.split(self.index.width, -1)
 
     def _by_head(self, flat: Float[Tensor, "B N HE"]) -> Float[Tensor, "B H N E"]:
