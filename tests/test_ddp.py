@@ -109,9 +109,27 @@ def test_loss_that_is_nan_on_one_rank_ends_the_run_in_one_line(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_value_out_of_range_on_every_rank_is_told_once(tmp_path: Path) -> None:
-    done = run_with_rank_stages("method.temperature=-1", folder=tmp_path)
+    done = run_with_rank_stages("method.divergence=jsd", "method.beta=2", folder=tmp_path)
     assert done.code == 2
-    assert done.err == "error: method.temperature=-1: expected a number above 0\n"
+    assert done.err == "error: method.beta=2: expected the teacher's weight, in [0, 1]\n"
+
+
+@pytest.mark.slow
+def test_a_loss_that_leaves_parameters_unused_names_the_strategy_that_takes_it(
+    tmp_path: Path,
+) -> None:
+    arguments = (*TINY, "experiment=ernie_tiny", "trainer=ddp")
+    strategy = "trainer.strategy=ddp_find_unused_parameters_true"
+    for name in ("refused", "taken"):
+        (tmp_path / name).mkdir()
+    done = run_process(*arguments, folder=tmp_path / "refused", cache=tmp_path / "one")
+    assert done.code == 2
+    assert done.err == (
+        "error: stage pretraining: trainer.strategy=ddp: the loss leaves a part of the student "
+        f"unused; set {strategy}\n"
+    )
+    taken = run_process(*arguments, strategy, folder=tmp_path / "taken", cache=tmp_path / "two")
+    assert taken.code == 0, taken.err
 
 
 @pytest.mark.slow

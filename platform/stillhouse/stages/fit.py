@@ -31,6 +31,8 @@ LIGHTNING_CHATTER = (
     r".*does not have many workers.*",
     r".*when logging on epoch level in distributed setting.*",
 )
+# How Lightning says that data parallelism waits for gradients that do not come.
+UNUSED = "parameters that were not used"
 
 
 @runtime_checkable
@@ -112,6 +114,14 @@ class Fit:
                     )
                 except SystemExit as stopped:  # what Lightning makes of Ctrl-C
                     raise KeyboardInterrupt from stopped
+                except RuntimeError as error:
+                    if UNUSED not in str(error):
+                        raise
+                    raise UserError(
+                        f"stage {context.name}: trainer.strategy={self.trainer.get('strategy')}: "
+                        "the loss leaves a part of the student unused; set "
+                        "trainer.strategy=ddp_find_unused_parameters_true"
+                    ) from error
         module.stop_if_parameters_not_finite()
         if trainer.is_global_zero:
             module.export(context.output, data)

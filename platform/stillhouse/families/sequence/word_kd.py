@@ -18,7 +18,7 @@ from stillhouse.errors import UserError
 from stillhouse.families.sequence.sft import sft
 from stillhouse.objectives.divergences import DivergenceName, named_divergence
 from stillhouse.objectives.tokens import token_cross_entropy, token_divergence
-from stillhouse.ranges import Positive, Weight
+from stillhouse.ranges import Positive, Share
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
 
@@ -33,7 +33,7 @@ def word_kd(
     alpha: float = 0.1,
     temperature: Positive = 1.0,
     scale_by_temperature_squared: bool = True,
-    cross_entropy_weight: Weight = 0.0,
+    cross_entropy_weight: Share = 0.0,
 ) -> LossTerms:
     """Return the distillation loss, a mean over the tokens that count.
 
