@@ -239,6 +239,15 @@ def test_without_attention_the_numbers_of_heads_may_differ() -> None:
     assert torch.equal(terms["hidden_relation_kl"], expected)
 
 
+def test_relations_are_of_as_many_slices_as_there_are_heads_if_nothing_is_said() -> None:
+    alike = replace(TEACHER, hidden_states=ALIKE.hidden_states)
+    found = relation(STUDENT, alike, MASK)["hidden_relation_kl"]
+    assert torch.equal(
+        found, relation(STUDENT, alike, MASK, relation_heads=HEADS)["hidden_relation_kl"]
+    )
+    assert not torch.equal(found, RELATION(STUDENT, alike, MASK)["hidden_relation_kl"])
+
+
 @every_form
 def test_gradient_flows_to_the_student_alone(form: Form) -> None:
     student, teacher = learnable(STUDENT), learnable(form[1])

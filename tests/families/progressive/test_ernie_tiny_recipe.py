@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from commands import ROOT
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from stillhouse.config import messages, preflight
+from stillhouse.config import messages, preflight, signatures
 from stillhouse.schema import register_schemas
 from stillhouse.stages.workspace import Workspace, register_resolvers
 
@@ -16,11 +17,15 @@ STAGES = ("general", "general_enhanced", "task_adaptive", "task_specific")
 RECIPES = ("ernie_tiny", "ernie_tiny_minilm", "ernie_tiny_paper")
 
 
-def nodes(recipe: str, *overrides: str) -> dict[str, dict[str, Any]]:
-    """Return the four stages that are not left out, resolved."""
+def composed(recipe: str, *overrides: str) -> DictConfig:
     register_schemas()
     register_resolvers()
-    config = preflight.compose_job([f"experiment={recipe}", *overrides], ROOT / "conf")
+    return preflight.compose_job([f"experiment={recipe}", *overrides], ROOT / "conf")
+
+
+def nodes(recipe: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    """Return the four stages that are not left out, resolved."""
+    config = composed(recipe, *overrides)
     workspace = Workspace(Path("run"), Path("cache"), config)
     return {stage: workspace.node(stage) for stage in STAGES if stage in workspace.stages}
 
@@ -91,10 +96,14 @@ def test_more_steps_than_the_budget_are_refused() -> None:
     )
 
 
-def test_one_form_of_the_latent_loss_for_all_stages() -> None:
-    found = nodes("ernie_tiny", "latent@method.latent_loss=minilm")
+@pytest.mark.parametrize("form", ["relation", "tinybert", "minilm"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_form_of_the_latent_loss_for_all_stages(recipe: str, form: str) -> None:
+    config = composed(recipe, f"latent@method.latent_loss={form}")
+    signatures.check(config, list(config.stages))
+    found = nodes(recipe, f"latent@method.latent_loss={form}")
     forms = {node["method"]["latent_loss"]["_target_"] for node in found.values()}
-    assert forms == {"stillhouse.families.progressive.ernie_tiny.minilm"}
+    assert forms == {f"stillhouse.families.progressive.ernie_tiny.{form}"}
 
 
 def test_tinybert_s_schedule() -> None:

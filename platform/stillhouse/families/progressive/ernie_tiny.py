@@ -144,7 +144,7 @@ def relation(
     signal: EncoderOutput,
     mask: Mask,
     *,
-    relation_heads: Count = 12,
+    relation_heads: Count | None = None,
     attention_weight: Weight = 1.0,
     hidden_weight: Weight = 1.0,
 ) -> Terms:
@@ -155,7 +155,8 @@ def relation(
     Args:
         student, signal: the layers of both.
         mask: True at the tokens.
-        relation_heads: h, slices of hidden states, a divisor of both widths.
+        relation_heads: h, slices of hidden states, a divisor of both widths; None takes as many as
+            the student has attention heads.
         attention_weight: of L_att; 0 leaves it out, so that the numbers of heads may differ.
         hidden_weight: of L_hid; 0 leaves it out.
 
@@ -176,6 +177,8 @@ def relation(
         terms["attention_kl"] = attention_weight * L_att
     if hidden_weight > 0:
         states, targets = student.hidden_states, signal.hidden_states
+        if relation_heads is None:
+            relation_heads = next(iter(student.attention.values())).queries.shape[1]
         L_hid = _sum(
             hidden_relation_kl(states[n], targets[n], mask, heads=relation_heads) for n in targets
         )
