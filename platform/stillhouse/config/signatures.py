@@ -96,6 +96,7 @@ def _walk(config: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(raw, str) and raw.startswith("${") and raw.endswith("}"):
         inner = raw[2:-1]
         if ":" not in inner and not inner.startswith("."):
+            _check_named(config, path, inner)
             yield from _walk(config, inner)
         return
     node = holder[key]
@@ -104,6 +105,18 @@ def _walk(config: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
             yield path, node
         for child in node:
             yield from _walk(config, f"{path}.{child}")
+
+
+def _check_named(config: DictConfig, path: str, named: str) -> None:
+    """Refuse a value that is taken from a node which is set to null, such as a stage left out."""
+    parts = named.split(".")
+    for end in range(1, len(parts)):
+        node = ".".join(parts[:end])
+        if OmegaConf.select(config, node) is None:
+            raise UserError(
+                f"{path} takes its value from {named}, and {node} is left out (null): keep {node}, "
+                f"set {path} by itself, or leave that out too"
+            )
 
 
 def check_node(path: str, node: DictConfig) -> None:
