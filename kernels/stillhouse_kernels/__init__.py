@@ -6,11 +6,13 @@ The package knows nothing of `stillhouse`. Each operation is a folder with its t
 """
 
 from stillhouse_kernels.dispatch import Backend, BackendError
+from stillhouse_kernels.modulated_norm import modulated_layer_norm, modulated_layer_norm_jvp
 from stillhouse_kernels.shared_attention import (
     SharedAttention,
     follower_attention,
     leader_attention,
 )
+from stillhouse_kernels.tangent_attention import attention, attention_jvp
 from stillhouse_kernels.vocabulary_loss import TeacherTopK, linear_divergence
 
 __all__ = [
@@ -18,7 +20,11 @@ __all__ = [
     "BackendError",
     "SharedAttention",
     "TeacherTopK",
+    "attention",
+    "attention_jvp",
     "follower_attention",
     "leader_attention",
     "linear_divergence",
+    "modulated_layer_norm",
+    "modulated_layer_norm_jvp",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stillhouse_kernels import attention_inputs
 from stillhouse_kernels.shared_attention import arguments, autograd, operators, reference
 
 
@@ -73,29 +74,29 @@ def leader_attention(
         ValueError: for shapes, dtypes or devices that do not fit, a mask that is not boolean, a
             causal call with more queries than keys, a backend that is unknown or cannot run here.
     """
-    q, k, v = (arguments.autocast(t) for t in (q, k, v))
-    arguments.check_leader(q, k, v, mask, causal)
+    q, k, v = (attention_inputs.autocast(t) for t in (q, k, v))
+    attention_inputs.check("leader_attention", q, k, v, mask, causal)
     chosen = arguments.backend_for(backend, q, k, v)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     unused_keys = None
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
         unused_keys = ~mask.any(2).expand(-1, -1, k.shape[2])
-        unused_queries = arguments.unused_queries(mask, causal, q.shape[2], k.shape[2])
+        unused_queries = attention_inputs.unused_queries(mask, causal, q.shape[2], k.shape[2])
         q = q.masked_fill(unused_queries[..., None], 0)
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
-        k, v = (arguments.zero_unused(t, unused_keys) for t in (k, v))
+        k, v = (attention_inputs.zero_unused(t, unused_keys) for t in (k, v))
 
     ticket = stash = None
     if chosen == "reference":
-        with operators.autocast_off(q):
+        with attention_inputs.autocast_off(q):
             A, lse = reference.attention_probabilities(q, k, mask, causal, factor)
             out = reference.apply_probabilities(A, v)
         probabilities = A.detach() if detach_qk else A
     elif torch.compiler.is_compiling():
         out, lse, probabilities = operators.leader_forward(q, k, v, mask, causal, factor, chosen)
     elif not _records(q, k, v):
-        with operators.autocast_off(q):
+        with attention_inputs.autocast_off(q):
             run = operators.path(chosen).leader_forward
             out, lse, probabilities = run(q, k, v, mask, causal, factor)
     else:
@@ -133,21 +134,21 @@ def follower_attention(state: SharedAttention, v: Tensor) -> Tensor:
         ValueError: for values that do not fit the leader's shapes, dtype or device, or that its
             backend cannot take; where q, k or the mask changed in place since the leader ran.
     """
-    v = arguments.autocast(v)
+    v = attention_inputs.autocast(v)
     arguments.check_follower(v, state.q, state.k, state.backend)
     if state.versions is not None and not torch.compiler.is_compiling():
         arguments.check_unchanged(state.versions, state.q, state.k, state.mask)
     if state.unused_keys is not None:
-        v = arguments.zero_unused(v, state.unused_keys)
+        v = attention_inputs.zero_unused(v, state.unused_keys)
     if state.backend == "reference":
-        with operators.autocast_off(v):
+        with attention_inputs.autocast_off(v):
             return reference.apply_probabilities(state.probabilities, v)
     q, k, lse, A, mask = state.q, state.k, state.lse, state.probabilities, state.mask
     settings = (state.causal, state.scale, state.backend)
     if torch.compiler.is_compiling():
         return operators.follower_forward(q, k, v, lse, A, mask, *settings)
     if not _records(q, k, v):
-        with operators.autocast_off(v):
+        with attention_inputs.autocast_off(v):
             run = operators.path(state.backend).follower_forward
             return run(q, k, v, lse, A, mask, state.causal, state.scale)
     if state.stash is None:

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from stillhouse_kernels.attention_inputs import autocast_off
 from stillhouse_kernels.shared_attention import streaming
 
 
@@ -19,11 +20,6 @@ def path(backend: str) -> ModuleType:
 
         return launch
     return streaming
-
-
-def autocast_off(t: Tensor) -> torch.autocast:
-    """Return the context in which operations on t keep the types they are given."""
-    return torch.autocast(t.device.type, enabled=False)
 
 
 @torch.library.custom_op("stillhouse_kernels::shared_attention_leader", mutates_args=())
