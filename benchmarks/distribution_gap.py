@@ -28,6 +28,8 @@ def main() -> None:
     run = read_run(OmegaConf.create({"run": str(Path(settings["run"]))}))
     rows = load_from_disk(str(run.folder / "stages" / settings["stage"])).to_list()
     accepted = [row for row in rows if row["accepted"]][: int(settings["answers"])]
+    if not accepted:
+        sys.exit(f"the stage {settings['stage']} accepted none of {len(rows)} answers")
     print(f"{len(accepted)} of {sum(r['accepted'] for r in rows)} accepted answers\n")
     print("| model | rewritten answers | their labels |")
     print("|---|---:|---:|")

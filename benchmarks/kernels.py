@@ -1,6 +1,7 @@
 """The kernels against what they replace: interleaved ratios and peak memory.
 
-    python benchmarks/kernels.py [followers] [group] [loss] [peers] [attention_sweep] [chunk_sweep]
+    python benchmarks/kernels.py [followers] [group] [loss] [peers] [tangent] [consistency]
+                                 [attention_sweep] [chunk_sweep]
                                  [turns=5] [threads=2] [dtype=float32] [divergence=forward_kl]
 
 Without a name, the first four run. Both sides of a row take turns in one process on inputs of the
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import DEVICE, Row, Settings
+from tangents import consistency, tangent
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -37,43 +40,7 @@ from stillhouse_kernels.shared_attention import streaming
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from memory import peak_bytes
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEFAULT = ("followers", "group", "loss", "peers")
-
-
-@dataclass(frozen=True)
-class Row:
-    """Two ways to do one work, and what ours costs at the least.
-
-    Attributes:
-        work: what is done.
-        against: the other way.
-        ours, theirs: do it once.
-        flops: of our products.
-        moved: bytes that our way has to read and write.
-    """
-
-    work: str
-    against: str
-    ours: Callable[[], Any]
-    theirs: Callable[[], Any]
-    flops: float
-    moved: float
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line changes."""
-
-    turns: int = 5
-    threads: int = 2
-    dtype: str = "bfloat16" if DEVICE.type == "cuda" else "float32"
-    divergence: str = "forward_kl"
-
-    def tensor(self, *shape: int, learnt: bool = True) -> Tensor:
-        """Return a leaf of normal numbers."""
-        made = torch.randn(*shape, device=DEVICE).to(getattr(torch, self.dtype))
-        return made.requires_grad_(learnt)
 
 
 def followers(settings: Settings) -> Iterator[Row]:
@@ -352,7 +319,11 @@ def main(arguments: list[str]) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (followers, group, loss, peers, attention_sweep, chunk_sweep)
+    part.__name__: part
+    for part in (
+        *(followers, group, loss, peers),
+        *(tangent, consistency, attention_sweep, chunk_sweep),
+    )
 }
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    ErnieConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     XLMRobertaConfig,
@@ -40,6 +41,7 @@ SHAPE: dict[str, Any] = {
 RELATIVE: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 CONFIGS: dict[str, Any] = {
     "bert": BertConfig(**SHAPE),
+    "ernie": ErnieConfig(**SHAPE, use_task_id=True),
     "roberta": RobertaConfig(**SHAPE, type_vocab_size=1),
     "xlm-roberta": XLMRobertaConfig(**SHAPE, type_vocab_size=1),
     "camembert": CamembertConfig(**SHAPE, type_vocab_size=1),
@@ -88,7 +90,7 @@ def make_batch(
     mask = torch.arange(longest) < torch.tensor([[n] for n in lengths])
     ids = torch.randint(3, V, mask.shape, generator=generator).masked_fill(~mask, PAD)
     types = (torch.arange(longest) >= 2).long().expand(mask.shape)
-    return EncoderBatch(ids, mask, types * mask, labels, torch.arange(len(lengths)))
+    return EncoderBatch(ids, mask, types * mask, labels)
 
 
 def make_tokenizer(size: int = V) -> PreTrainedTokenizerFast:

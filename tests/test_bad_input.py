@@ -43,7 +43,7 @@ KEYS_OF_WORD_KD = (
             "them out first: '~teacher.layers' '+teacher.layers=[3]'",
         ),
         (
-            ["experiment=ernie_tiny", "leave_out=[task_specific]"],
+            ["experiment=ernie_tiny", "stages.task_specific=null"],
             "stages.cache_encoder.layer_map takes its value from "
             "stages.task_specific.family.layer_map, and stages.task_specific is left out (null): "
             "keep stages.task_specific, set stages.cache_encoder.layer_map by itself, or leave "

@@ -21,6 +21,7 @@ class Range:
 
 Count = Annotated[int, Range(lambda value: value >= 1, "1 or more")]
 CountFrom0 = Annotated[int, Range(lambda value: value >= 0, "0 or more")]
+CountFrom2 = Annotated[int, Range(lambda value: value >= 2, "2 or more")]
 Weight = Annotated[float, Range(lambda value: 0 <= value < math.inf, "0 or more")]
 Positive = Annotated[float, Range(lambda value: 0 < value < math.inf, "a number above 0")]
 Share = Annotated[float, Range(lambda value: 0 <= value <= 1, "a number from 0 to 1")]

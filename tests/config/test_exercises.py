@@ -26,6 +26,7 @@ teacher:
   path: some/model
 stages:
   rewrite:
+    exercises: ${data.corpus.exercises}
     prompt: "{instruction} as {reference}"
 """
 SUMS_ALONE = """

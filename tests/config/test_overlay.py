@@ -60,3 +60,15 @@ def test_stages_that_are_left_out_are_null() -> None:
         "leave_out=[techer]: this recipe has no stage of that name; its stages are teacher, "
         "student; did you mean 'teacher'?"
     )
+
+
+def test_what_other_stages_take_from_one_that_is_left_out_stays() -> None:
+    laid = config()
+    laid.stages.student.text = {"words": 3, "more": "${trainer.limit}"}
+    laid.stages.teacher.text = "${stages.student.text}"
+    laid.stages.teacher.inner = {"words": "${stages.student.text.words}"}
+    laid.leave_out = ["student"]
+    overlay.apply(laid, set())
+    assert laid.stages.student is None
+    assert laid.stages.teacher.text == {"words": 3, "more": 5}
+    assert laid.stages.teacher.inner == {"words": 3}

@@ -70,6 +70,7 @@ def test_plain_types_are_judged(value, hint, expected: bool) -> None:
         ("teachers.decoding.sampled", "temperature", 0, "a number above 0"),
         ("evaluation.recovery.recovery", "speed_repeats", 0, "1 or more"),
         ("evaluation.speculative_models.speculative_decoding", "temperature", -1, "0 or more"),
+        ("evaluation.speculative_models.speculative_decoding", "max_new_tokens", 1, "2 or more"),
         ("evaluation.encoders.encoder_models", "speed_tokens", 0, "1 or more"),
         ("evaluation.sharing_costs.sharing_costs", "repeats", 0, "1 or more"),
         ("families.sequence.word_kd.word_kd", "temperature", 0, "a number above 0"),
@@ -85,3 +86,16 @@ def test_a_number_out_of_range_is_refused_where_it_is_bound(target, key, value, 
         check_node("here", config.here)
     said = 0 if str(value).startswith("$") else value
     assert str(refused.value) == f"here.{key}={said}: expected {expected}"
+
+
+def test_a_value_that_is_looked_up_where_there_is_none_is_asked_for() -> None:
+    node = {
+        "_target_": "stillhouse.students.block_choices.least_distant",
+        "n": "${oc.select:pruning.n,null}",
+    }
+    with pytest.raises(UserError) as refused:
+        check_node("here", OmegaConf.create({"here": node}).here)
+    assert str(refused.value) == (
+        "here.n=null: expected int; it is ${oc.select:pruning.n,null}, which has no value here: "
+        "set here.n=<value>"
+    )

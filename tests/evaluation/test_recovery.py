@@ -130,6 +130,23 @@ def test_what_the_seed_answers_counts_and_its_questions_do_not(models, data):
     )
 
 
+def test_the_seed_answers_by_its_own_law(models, data):
+    """One token each: nats a token are the law's entropy, up to four deviations."""
+    model, asked = load(models["seed"]), sums(count=1).splits["train"]
+    drawn = answers_of_the_seed(model, data, asked * 2000, max_new_tokens=1, batch_size=500, seed=0)
+    tokens = torch.cat([batch.labels[batch.mask] for batch in drawn])
+    question = data.tokenizer(
+        f"<|im_start|>user\n{asked[0].instruction}{END}\n<|im_start|>assistant\n",
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        nats = -model(input_ids=question.input_ids).logits[0, -1].double().log_softmax(-1)
+    entropy = (nats.exp() ** -1 * nats).sum()
+    deviation = ((nats.exp() ** -1 * nats**2).sum() - entropy**2).sqrt()
+    assert len(tokens) == 2000
+    assert abs(nats[tokens].mean() - entropy) < 4 * deviation / 2000**0.5
+
+
 def test_the_table_is_that_of_models_asked_one_by_one(models, data, monkeypatch):
     """The seed answers two of three rightly, the other model one: by the order of the calls."""
     shares = iter(
@@ -181,8 +198,8 @@ def test_a_reference_that_is_no_role(models, data):
     with pytest.raises(UserError) as refused:
         report(models, data, sums(count=3), reference="sead")
     assert str(refused.value) == (
-        "evaluation.reference=sead: there is no such model; expected pruned, seed; did you mean "
-        "'seed'?"
+        "stages.<stage>.evaluator.reference=sead: there is no such model; expected pruned, seed; "
+        "did you mean 'seed'?"
     )
 
 
@@ -201,12 +218,14 @@ def test_answers_that_a_model_has_no_positions_for(models, data):
     with pytest.raises(UserError) as refused:
         report(models, data, asked, max_new_tokens=room + 1)
     assert str(refused.value) == (
-        f"max_new_tokens={room + 1}: with the {longest} tokens of the longest prompt this is more "
-        f"than the {limit} positions of models.seed; expected at most {room}"
+        f"stages.<stage>.evaluator.max_new_tokens={room + 1}: with the {longest} tokens of the "
+        f"longest prompt this is more than the {limit} positions of models.seed; expected at most "
+        f"{room}"
     )
     with pytest.raises(UserError) as refused:
         report(models, data, asked, speed_context=limit - 1, speed_new_tokens=2)
     assert str(refused.value) == (
-        f"evaluation.speed_new_tokens=2: with the {limit - 1} tokens of evaluation.speed_context "
-        f"this is more than the {limit} positions of models.seed; expected at most 1"
+        f"stages.<stage>.evaluator.speed_new_tokens=2: with the {limit - 1} tokens of "
+        f"stages.<stage>.evaluator.speed_context this is more than the {limit} positions of "
+        "models.seed; expected at most 1"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3NextConfig
 
 from stillhouse.errors import UserError
-from stillhouse.evaluation.speculative import Speculation, block_efficiency, residual, speculate
+from stillhouse.evaluation.speculative import Speculation, residual, speculate
 from stillhouse.objectives.divergences import total_variation
 from stillhouse.students.shared_attention import share_attention
 from stillhouse.students.sharing import sharing_of
@@ -110,9 +110,8 @@ def test_columns_that_one_model_has_more_are_masked(of_target: int, of_draft: in
 @pytest.mark.parametrize("gamma", [1, 3, 7])
 def test_a_draft_that_is_the_target_is_always_believed(gamma: int) -> None:
     run = speculated(Table(P), Table(P), [0], draft_tokens=gamma, max_new_tokens=8 * (gamma + 1))
-    assert run.accepted == run.tested == run.drafted == 8 * gamma
+    assert run.accepted == run.tested == 8 * gamma
     assert run.target_calls == 8
-    assert block_efficiency(1.0, gamma) == gamma + 1
 
 
 def test_a_draft_of_other_tokens_is_never_believed() -> None:
@@ -121,16 +120,14 @@ def test_a_draft_of_other_tokens_is_never_believed() -> None:
     assert run.accepted == 0
     assert run.tested == run.target_calls - 1 == 49
     assert set(run.tokens) == {0, 1}
-    assert block_efficiency(0.0, 4) == 1
 
 
 def test_tokens_a_block_are_the_closed_form() -> None:
-    assert block_efficiency(0.7, 4) == pytest.approx((1 - 0.7**5) / (1 - 0.7), rel=1e-12)
-    assert round(block_efficiency(0.7, 4), 4) == 2.7731
+    """(1 - a^(γ+1)) / (1 - a), of arXiv:2211.17192 equation 1, for a = 0.7 and γ = 4."""
     found = many(Table([0.7, 0.3, 0.0]), Table([0.7, 0.0, 0.3]), 12)
     calls = sum(run.target_calls for run in found)
     # A block is 1 + a geometric number cut at 4; its deviation is below 1.7.
-    assert abs(6000 / calls - 2.7731) < 3 * 1.7 / calls**0.5
+    assert abs(6000 / calls - (1 - 0.7**5) / (1 - 0.7)) < 3 * 1.7 / calls**0.5
 
 
 def test_where_nothing_is_left_of_the_residual_the_target_s_law_is_drawn_from() -> None:

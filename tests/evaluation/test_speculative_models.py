@@ -138,19 +138,20 @@ def test_bad_input(models, language_world, tmp_path: Path) -> None:
         return str(refused.value)
 
     assert refusal(reference="teachr") == (
-        "reference=teachr: there is no such model; expected copy, teacher, noisy; did you mean "
-        "'teacher'?"
+        "stages.<stage>.evaluator.reference=teachr: there is no such model; expected copy, "
+        "teacher, noisy; did you mean 'teacher'?"
     )
     assert refusal(max_new_tokens=1) == (
-        "max_new_tokens=1: expected 2 or more; the last token is never proposed"
+        "stages.<stage>.evaluator.max_new_tokens=1: expected 2 or more; the last token is never "
+        "proposed"
     )
     assert refusal(prompt_tokens=100_000) == (
-        "prompt_tokens=100000: none of 4 test documents is longer; expected fewer tokens, or data "
-        "with longer documents"
+        "stages.<stage>.evaluator.prompt_tokens=100000: none of 4 test documents is longer; "
+        "expected fewer tokens, or data with longer documents"
     )
     assert refusal(max_new_tokens=4000) == (
-        "max_new_tokens=4000: with the 6 tokens of the longest prompt this is more than the 2048 "
-        "positions of models.teacher; expected at most 2042"
+        "stages.<stage>.evaluator.max_new_tokens=4000: with the 6 tokens of the longest prompt "
+        "this is more than the 2048 positions of models.teacher; expected at most 2042"
     )
     other = shutil.copytree(models["copy"], tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other)

@@ -159,14 +159,21 @@ def test_bad_input(world, stage_context) -> None:
         return str(refused.value)
 
     assert refusal(watched="val_acuracy") == (
-        "stages.<stage>.own_callbacks.<name>.watched=val_acuracy: the validation of this stage "
-        "logs no such value; expected val_accuracy or val_loss; did you mean 'val_accuracy'?"
+        "stages.fit.own_callbacks.best.watched=val_acuracy: the validation of this stage logs no "
+        "such value; expected val_accuracy or val_loss or val_score; did you mean 'val_accuracy' "
+        "or 'val_score'?"
     )
     assert refusal({"val_check_interval": 90}) == (
         "trainer.val_check_interval=90: the stage ends after 80 batches, before any validation "
-        "could tell the best weights; expected 80 or less, or "
-        "stages.<stage>.own_callbacks.<name>=null"
+        "could tell the best weights; expected 80 or less, or stages.fit.own_callbacks.best=null"
     )
+
+
+def test_one_of_the_whole_recipe_is_named_where_it_stands(world, stage_context) -> None:
+    fit = world.fit(callbacks={"kept": best("val_f1", True)}, trainer=FEW)
+    with pytest.raises(UserError) as refused:
+        fit(stage_context("fit"))
+    assert str(refused.value).startswith("callbacks.kept.watched=val_f1: ")
 
 
 def test_values_that_are_not_finite_are_no_gain(world, stage_context, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from commands import Finished, run_here
 
 from stillhouse.config import signatures
 from stillhouse.data.language import LanguageData
+from stillhouse.errors import UserError
+from stillhouse.evaluation import language_models as evaluators
 from stillhouse.evaluation.language_models import language_models
+from stillhouse.evaluation.positions import KEY
 
 EVALUATE = ("--config-name", "evaluate")
 QUALITY = ("test_nll", "kl_to_teacher", "top1_agreement", "expected_acceptance", "parameters")
@@ -128,6 +132,21 @@ def test_without_a_reference_a_role_stands_alone(capfd, here: Path, run: Path) -
 def test_bad_values(capfd, here: Path, run: Path, argument: str, line: str) -> None:
     done = run_here(capfd, *EVALUATE, f"run={run}", argument)
     assert done == Finished(2, "", f"error: {line}\n")
+    assert not list(here.iterdir())
+
+
+def test_a_setting_that_the_evaluator_refuses_is_named_as_it_was_set(
+    capfd, here: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluators name their keys as those of a stage."""
+
+    @wraps(language_models)
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError(f"{KEY}.prompts=[]: expected one prompt or more")
+
+    monkeypatch.setattr(evaluators, "language_models", refuse)
+    done = run_here(capfd, *EVALUATE, f"run={run}", "settings.prompts=[]")
+    assert done == Finished(2, "", "error: settings.prompts=[]: expected one prompt or more\n")
     assert not list(here.iterdir())
 
 

@@ -141,8 +141,8 @@ def refusal(stage: Prune, context: Any) -> str:
 
 def test_more_blocks_than_can_go(model, scores, stage_context):
     assert refusal(prune(model, scores, "least_distant", n=4), stage_context("prune")) == (
-        "pruning.n=4: expected a number of blocks from 1 to 3, for the model has 4 and one must "
-        "stay"
+        "stages.<stage>.choose.n=4: expected a number of blocks from 1 to 3, for the model has 4 "
+        "and one must stay"
     )
 
 

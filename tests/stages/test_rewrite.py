@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from chats import CHATML, END, chat_tokenizer
@@ -13,6 +14,8 @@ from exercise_cases import (
     checked_sums,
     node,
     save_chat_model,
+    save_hub_model,
+    save_trained_model,
     script,
     stage,
     sums,
@@ -23,8 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from stillhouse.data.corpora.rewritten import rewritten
 from stillhouse.data.language import LanguageData
 from stillhouse.data.tasks.accepting import REASONS, reason_against
+from stillhouse.evaluation.exercises import nll_of_answers
 from stillhouse.stages import rewrite as module
+from stillhouse.students.blocks import without_other_blocks
 from stillhouse.teachers.signals import model_identity
+from stillhouse.tracking.work import WorkProgress
 
 SAMPLED = {
     **GREEDY,
@@ -32,6 +38,12 @@ SAMPLED = {
     "temperature": 1.0,
     "top_p": 1.0,
 }
+
+
+@pytest.fixture(scope="module")
+def stylist(tmp_path_factory, tiny_llama):
+    """A model that answers sixteen sums in words of its own."""
+    return save_trained_model(tmp_path_factory.mktemp("stylist"), tiny_llama, count=16)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +87,73 @@ def test_the_model_sees_question_and_reference_by_its_chat_template(path, stage_
                 break
         tokens = ids[0, start:].tolist()
         assert row["generated"] == "Well" + tokenizer.decode(tokens).removesuffix(END)
+
+
+def test_the_system_speaks_before_an_exercise_s_own_context(path):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def system_turn(system, context):
+        (first, _) = stage(path, GREEDY, system=system)._requests(
+            sums(count=2, context=context), tokenizer, "place"
+        )
+        text = tokenizer.decode(first.tokens)
+        assert text.endswith(f"<|im_start|>user\n0+1=? as 0+1=1{END}\n<|im_start|>assistant\n"), (
+            "question and label as without"
+        )
+        return text.partition("<|im_start|>user")[0]
+
+    assert system_turn(None, None) == ""
+    assert system_turn(None, "Add.") == f"<|im_start|>system\nAdd.{END}\n"
+    assert system_turn("Be exact.", None) == f"<|im_start|>system\nBe exact.{END}\n"
+    assert system_turn("Be exact.", "Add.") == f"<|im_start|>system\nBe exact.\n\nAdd.{END}\n"
+
+
+def test_a_seed_s_own_answers_are_likelier_than_labels_to_it_and_to_what_pruning_left(
+    stylist, stage_context
+):
+    """End to end with a model that rewrites; the mean NLL a token is the method's seventh check."""
+    context = stage_context("rewrite")
+    metrics = stage(stylist, {**GREEDY, "max_new_tokens": 12})(context).metrics
+    rows = rows_of(context)
+    assert [r["target"] for r in rows[:16]] == [f"It is {n + 1}." for n in range(16)]
+    assert metrics["accepted"] == sum(r["accepted"] for r in rows) >= 16
+    assert metrics["accepted_nll"] < 0.1 < 1 < metrics["replaced_nll"]
+    assert "warning" not in context.console.file.getvalue()
+    tokenizer = AutoTokenizer.from_pretrained(stylist)
+    seed = AutoModelForCausalLM.from_pretrained(stylist)
+    exercises = sums(count=20).splits["train"][:16]
+    own, labels = (
+        nll_of_answers(
+            without_other_blocks(seed, [0, 2]).eval(),
+            tokenizer,
+            [e.answered(row[column]) for e, row in zip(exercises, rows[:16], strict=True)],
+            batch_size=8,
+        )
+        for column in ("target", "reference")
+    )
+    assert own < labels
+    corpus = rewritten(rewritten_path=str(context.output), exercises=sums(count=20))
+    learnt = [document.messages[-1]["content"] for document in corpus.documents("train")]
+    assert learnt == [r["generated"] if r["accepted"] else r["reference"] for r in rows]
+
+
+@pytest.mark.parametrize(("of_labels", "warned"), [(1.9, True), (2.0, False), (2.1, False)])
+def test_answers_that_are_less_likely_than_labels_are_warned_of(
+    path, stage_context, monkeypatch, of_labels, warned
+):
+    nats = iter([2.0, of_labels])
+    monkeypatch.setattr(module, "nll_of_answers", lambda *_, **__: next(nats))
+    context = stage_context("rewrite")
+    stage(path, script(path, {}))(context)
+    said = " ".join(context.console.file.getvalue().split())
+    warning = (
+        " warning: rewrite: the model's own answers are less likely to it than the labels that "
+        "they replace; it may not understand what it is asked; change stages.rewrite.prompt"
+    )
+    assert said.endswith(
+        f"rewrite: accepted answers 2.000 nats a token, their labels {of_labels:.3f}"
+        f"{warning if warned else ''}"
+    )
 
 
 def test_every_target_is_the_answer_or_the_label_and_all_are_counted(path, stage_context):
@@ -141,6 +220,12 @@ def test_nothing_is_weighed_where_nothing_is_accepted(path, stage_context):
     ).metrics
     assert metrics["accepted"] == 0
     assert "accepted_nll" not in metrics
+    assert " ".join(context.console.file.getvalue().split()).endswith(
+        "rewrite: 0 of 1 accepted; labels kept: 1 wrong "
+        "warning: rewrite: no answer was accepted, so all targets are labels, and to learn them is "
+        "SFT; the reasons stand above; change stages.rewrite.prompt or decoding, or take a "
+        "stronger model"
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +310,9 @@ def test_a_label_beyond_the_positions_is_not_weighed(tmp_path, stage_context, ti
         ("Well,", f" it is 2.{END}", "Well, it is 2.", None),
         ("It is 2", f".{END}", "It is 2.", None),
         ("My ", f"response: 2.{END}", "so 1+1=2", "forbidden_phrase"),
+        ("Well, ", f"Your turn: 2.{END}", "so 1+1=2", "forbidden_start"),
+        ("Your ", f"turn: 2.{END}", "so 1+1=2", "forbidden_start"),
+        ("Well, ", f"it is your turn: 2.{END}", "Well, it is your turn: 2.", None),
         ("2", END, "so 1+1=2", "empty"),
     ],
 )
@@ -233,6 +321,18 @@ def test_an_opening_belongs_to_the_answer_and_is_judged_with_it(
 ):
     row, _ = answered_as(path, stage_context, answer, opening=opening)
     assert (row["target"], row["reason"]) == (target, reason)
+
+
+@pytest.mark.parametrize("written", ["'", "\u2019"])
+@pytest.mark.parametrize("forbidden", ["'", "\u2019"])
+def test_an_apostrophe_is_one_however_it_is_set(path, stage_context, written, forbidden):
+    answer = f"Now it{written}s your turn: 2.{END}"
+    phrase = f"now it{forbidden}s your turn"
+    assert answered_as(path, stage_context, answer, forbidden=[phrase])[0]["reason"] == (
+        "forbidden_phrase"
+    )
+    start = {"forbidden": [], "forbidden_start": phrase}
+    assert answered_as(path, stage_context, answer, **start)[0]["reason"] == "forbidden_start"
 
 
 def test_a_prompt_without_room_for_its_answer_keeps_its_label(tmp_path, tiny_llama, stage_context):
@@ -327,6 +427,14 @@ def test_a_killed_stage_goes_on_behind_its_last_whole_batch(path, stage_context)
     assert metrics["tokens_per_s"] == 0.0, "nothing was generated anew"
 
 
+def test_tokens_a_second_are_of_the_time_that_it_took(path, stage_context, monkeypatch):
+    monkeypatch.setattr(WorkProgress, "seconds", lambda self: 8.0)
+    context = stage_context("rewrite")
+    metrics = stage(path, SAMPLED)(context).metrics
+    assert metrics["tokens_per_s"] == metrics["generated_tokens"] / 8 > 1
+    assert f"  {metrics['tokens_per_s']:.0f} tokens/s\n" in context.console.file.getvalue()
+
+
 def test_draws_depend_on_the_seed(path, stage_context):
     found = []
     for name, seed in (("one", 0), ("other", 1)):
@@ -344,13 +452,28 @@ def test_some_exercises_are_spread_evenly(path, stage_context):
 
 def test_provenance_says_how_it_was_made(path, stage_context):
     context = stage_context("rewrite")
-    stage(path, SAMPLED, opening="Well", seed=3)(context)
+    stage(path, SAMPLED, opening="Well", system="Be exact.", seed=3)(context)
     kept = json.loads((context.output / "provenance.json").read_text())
-    assert kept["model_sha256"] == model_identity(str(path))
+    assert (kept["model"], kept["model_sha256"]) == (str(path), model_identity(str(path)))
+    assert kept["system"] == "Be exact."
     assert kept["exercises_sha256"] == sums(count=20).identity("train")
     assert kept["exercises_sha256"] != sums(count=19).identity("train")
     assert (kept["prompt"], kept["opening"], kept["seed"]) == (PROMPT, "Well", 3)
     assert (kept["decoding"], kept["forbidden"]) == (SAMPLED, FORBIDDEN)
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(
+    tmp_path, tiny_llama, monkeypatch, stage_context
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    save_hub_model(tmp_path, "org/tiny", "ab" * 20, tiny_llama)
+    context = stage_context("rewrite")
+    stage("org/tiny", GREEDY)(context)
+    kept = json.loads((context.output / "provenance.json").read_text())
+    assert {n: v for n, v in kept.items() if n.startswith("model")} == {
+        "model": "org/tiny",
+        "model_revision": "ab" * 20,
+    }
 
 
 def test_the_columns_have_their_types_when_one_is_null_everywhere(path, stage_context):

@@ -92,8 +92,8 @@ def test_a_number_of_blocks_that_cannot_go(choice, n):
     with pytest.raises(UserError) as refused:
         choice(scores(), n=n)
     assert str(refused.value) == (
-        f"pruning.n={n}: expected a number of blocks from 1 to 3, for the model has 4 and one must "
-        "stay"
+        f"stages.<stage>.choose.n={n}: expected a number of blocks from 1 to 3, for the model has "
+        "4 and one must stay"
     )
 
 
@@ -101,7 +101,7 @@ def test_a_model_of_one_block():
     with pytest.raises(UserError) as refused:
         least_distant(scores([[0.0, 0.5]]), n=1)
     assert str(refused.value) == (
-        "pruning.n=1: the model has one block, and one must stay; take a deeper one"
+        "stages.<stage>.choose.n=1: the model has one block, and one must stay; take a deeper one"
     )
 
 
@@ -119,4 +119,4 @@ def test_a_model_of_one_block():
 def test_given_blocks_that_cannot_go(blocks, why):
     with pytest.raises(UserError) as refused:
         given(scores(), blocks=blocks)
-    assert str(refused.value) == f"pruning.blocks={blocks}: {why}"
+    assert str(refused.value) == f"stages.<stage>.choose.blocks={blocks}: {why}"

@@ -208,5 +208,5 @@ def test_bad_input(tmp_path) -> None:
     electra = save(make("electra", CLASSES), tmp_path / "electra")
     assert refusal(cut, electra) == (
         f"student.path={electra}: a model of the type electra; the width can be sliced of those of "
-        "the type bert, roberta, xlm-roberta, camembert, distilbert"
+        "the type bert, ernie, roberta, xlm-roberta, camembert, distilbert"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_outputs import scores
 from encoders import (
     CLASSES,
     CONFIGS,
@@ -24,7 +25,7 @@ from transformers import AutoConfig, BertConfig, MPNetConfig, MPNetModel
 
 from stillhouse.data.labelled.task import Task
 from stillhouse.errors import UserError
-from stillhouse.records.encoders import EncoderBatch
+from stillhouse.records.encoders import AttentionTap, EncoderBatch
 from stillhouse.students.encoders import (
     encoder,
     has_head,
@@ -46,8 +47,9 @@ def told(model: Any, batch: EncoderBatch) -> Any:
     return model(**inputs, output_hidden_states=True, output_attentions=True)
 
 
-def probabilities(scores: Tensor, batch: EncoderBatch) -> Tensor:
-    return scores.masked_fill(~batch.attention_mask[:, None, None], -torch.inf).softmax(-1)
+def probabilities(tap: AttentionTap, batch: EncoderBatch) -> Tensor:
+    of_pairs = scores(tap.queries, tap.keys)
+    return of_pairs.masked_fill(~batch.attention_mask[:, None, None], -torch.inf).softmax(-1)
 
 
 @torch.no_grad()
@@ -73,7 +75,7 @@ def test_attention_is_the_softmax_of_the_scores_whatever_computes_it(family, att
     assert list(output.attention) == list(BLOCKS)
     for layer, tap in output.attention.items():
         assert tap.values.shape == (3, HEADS, 9, WIDTH // HEADS)
-        found = probabilities(tap.scores, batch)
+        found = probabilities(tap, batch)
         torch.testing.assert_close(found, expected.attentions[layer - 1])
         assert found.var() > 0.005, "the attention is uniform here, and shows nothing"
 
@@ -88,7 +90,7 @@ def test_values_are_what_the_attention_mixes(family) -> None:
     given: list[Tensor] = []
     block.get_submodule(name).register_forward_pre_hook(lambda m, inputs: given.append(inputs[0]))
     tap = read_encoder(model, batch, attention_layers=[2]).attention[2]
-    mixed = probabilities(tap.scores, batch) @ tap.values
+    mixed = probabilities(tap, batch) @ tap.values
     torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), given[0])
 
 
@@ -132,7 +134,7 @@ def test_padding_changes_no_real_position(family) -> None:
     model, batch = make(family, attention="sdpa"), make_batch()
     taps = {"hidden_layers": ALL, "attention_layers": BLOCKS}
     padded = read_encoder(model, batch, **taps)
-    alone = EncoderBatch(*(None if f is None else f[1:2, :4] for f in batch[:3]), None, None)
+    alone = EncoderBatch(*(None if f is None else f[1:2, :4] for f in batch[:3]))
     expected = read_encoder(model, alone, **taps)
     for layer in ALL:
         found = padded.hidden_states[layer][1:2, :4]
@@ -144,7 +146,7 @@ def test_padding_changes_no_real_position(family) -> None:
 def test_types_of_tokens_count_where_the_model_knows_them() -> None:
     batch = make_batch()
     untyped = batch._replace(token_type_ids=None)
-    for family, knows in (("bert", True), ("electra", True), ("roberta", False)):
+    for family, knows in (("bert", True), ("ernie", True), ("electra", True), ("roberta", False)):
         model = make(family)
         change = read_encoder(model, batch).logits - read_encoder(model, untyped).logits
         assert (change.abs().max() > 1e-3) == knows
@@ -161,7 +163,7 @@ def test_attention_that_queries_and_keys_do_not_tell_is_refused(family) -> None:
     assert str(refused.value) == (
         f"attention of layers [1, 3]: a model of the type {family} adds relative positions to what "
         "queries and keys say, so its attention cannot be matched; take a model of the type bert, "
-        "roberta, xlm-roberta, camembert, electra, distilbert"
+        "ernie, roberta, xlm-roberta, camembert, electra, distilbert"
     )
 
 

@@ -101,8 +101,13 @@ PAIRS = "expected pairs of a layer of the student and one of the teacher, say [[
         ([[2, 0]], "expected 0, the embeddings, to go with 0 alone"),
         ([[2, 3], [2, 6]], "expected each layer of the student once"),
         ([], PAIRS),
+        ([1, 2], PAIRS),
+        ([[1, 3], 2], PAIRS),
+        ([["1", "3"]], PAIRS),
+        (["13"], PAIRS),
+        ([None], PAIRS),
         ([[1, 3, 6]], PAIRS),
     ],
 )
-def test_layers_that_are_not_there_are_refused(layers: list[list[int]], complaint: str) -> None:
+def test_layers_that_are_not_there_are_refused(layers: list[Any], complaint: str) -> None:
     assert refusal(given, 4, 12, layers=layers) == f"{KEY}.layers={layers}: {complaint}"

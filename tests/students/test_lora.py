@@ -68,6 +68,24 @@ def test_the_output_is_that_of_the_adapted_model_and_survives_merging(
     torch.testing.assert_close(after[batch.mask], before[batch.mask], rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_are_scaled_and_drop_their_input(adapted):
+    """W x + (α/r) B A dropout(x), of a single layer."""
+    student = adapted(rank=4, alpha=6, dropout=0.5)
+    layer = student.get_base_model().model.layers[1].mlp.up_proj
+    A, B = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    x = torch.randn(50, A.shape[1])
+
+    def added() -> torch.Tensor:
+        torch.manual_seed(1)
+        return layer(x) - layer.base_layer(x)
+
+    torch.manual_seed(1)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(added(), 6 / 4 * dropped @ A.T @ B.T)
+    student.eval()
+    torch.testing.assert_close(added(), 6 / 4 * x @ A.T @ B.T)
+
+
 def test_a_model_without_adapters_is_merged_as_it_is(tiny_llama):
     model = tiny_llama()
     assert merged(model) is model

@@ -18,7 +18,7 @@ from stillhouse.errors import UserError
 from stillhouse.records.encoders import EncoderBatch, EncoderOutput
 from stillhouse.stages.cache_encoder import CacheEncoder
 from stillhouse.teachers.cached_encoders import CachedEncoder, cached_encoder
-from stillhouse.teachers.encoder_signals import INDEX, keys_of
+from stillhouse.teachers.encoder_signals import INDEX, keys_of, read_index
 from stillhouse.teachers.encoders import live_encoder
 
 FAMILY = "stillhouse.families.progressive.ernie_tiny"
@@ -63,10 +63,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def cache(world, path, stage_context, tmp_path):
+def cache(world, path, stage_context):
     """A function that caches the signal; returns its folder and the stage's metrics."""
-
-    BertConfig(num_hidden_layers=2).save_pretrained(tmp_path / "student")
 
     def cache(name: str = "cache", **changes: Any) -> tuple[Path, Any]:
         context = stage_context(name)
@@ -74,7 +72,7 @@ def cache(world, path, stage_context, tmp_path):
             "teacher": {"_target_": LIVE, "_partial_": True, "path": path},
             "data": world.data(),
             "layer_map": MAP,
-            "student_path": str(tmp_path / "student"),
+            "student_layers": 2,
             "batches_per_shard": 2,
         }
         metrics = CacheEncoder(**(settings | changes))(context).metrics
@@ -197,7 +195,7 @@ def test_half_precision_is_near_and_read_as_float32(world, path, cache) -> None:
 
 
 def test_logits_alone_are_kept_without_a_map(world, path, cache) -> None:
-    folder, _ = cache(layer_map=None, student_path=None)
+    folder, _ = cache(layer_map=None, student_layers=None)
     data = world.made()
     live, read = live_encoder(data, path=path), cached_encoder(data, path=path, signal_path=folder)
     for batch in shuffled(world):
@@ -205,6 +203,23 @@ def test_logits_alone_are_kept_without_a_map(world, path, cache) -> None:
         torch.testing.assert_close(found.logits, live(batch).logits, rtol=1e-5, atol=1e-5)
         assert not found.hidden_states
         assert not found.attention
+
+
+@pytest.mark.parametrize(
+    ("student_layers", "layers"),
+    [(2, [0, 2, 4]), (0.75, [0, 1, 3, 4]), ([0, 3], [0, 2, 4]), (None, [0, 1, 2, 3, 4])],
+)
+def test_layers_are_those_of_a_student_of_so_many_or_of_such_blocks(
+    cache, student_layers: Any, layers: list[int]
+) -> None:
+    folder, _ = cache(student_layers=student_layers)
+    index = read_index(folder, key="here")
+    assert (index.hidden_layers, index.attention_layers) == (layers, layers[1:])
+
+
+def test_a_shared_signal_names_no_folder_of_the_run_that_made_it(cache, path) -> None:
+    folder, _ = cache()
+    assert path not in (folder / INDEX).read_text()
 
 
 def test_a_signal_of_all_texts_serves_fewer_labels(world, path, cache) -> None:
@@ -302,7 +317,7 @@ def test_layers_that_were_not_cached_are_refused(world, path, signal) -> None:
             read(batch, **{asked: [1, 2, 3]})
         assert str(refused.value) == (
             f"teacher.signal_path={signal}: the signal has the teacher's layers {there}, not "
-            "[1, 3]; give its stage the fit's layer_map and student_path, and "
+            "[1, 3]; give its stage the fit's layer_map and student_layers, and "
             f"{OR_LIVE}"
         )
 
@@ -321,7 +336,7 @@ def test_a_folder_that_holds_no_whole_signal_is_refused(world, path, signal, tmp
     content = json.loads((signal / INDEX).read_text())
     (signal / INDEX).write_text(json.dumps({**content, "format": 99}))
     assert refusal(world, path, signal) == (
-        f"teacher.signal_path={signal}: the signal has format 99, this version reads 1; make it "
+        f"teacher.signal_path={signal}: the signal has format 99, this version reads 2; make it "
         "anew with force=<its stage>"
     )
 
@@ -335,7 +350,11 @@ def test_settings_of_the_stage_that_cannot_be_are_refused(cache) -> None:
     assert refused(splits=["train", "dev"]) == (
         "stages.cache.splits=['train', 'dev']: expected one or more of train, validation, test"
     )
-    assert refused(student_path=None) == (
-        "stages.cache.student_path=null: stages.cache.layer_map has to know how many layers the "
-        "student has; expected its folder"
+    assert refused(student_layers=1.5) == (
+        "student.blocks=1.5: expected a fraction between 0 and 1, both excluded, or a list of "
+        "indices"
+    )
+    assert refused(student_layers=5) == (
+        "stages.<stage>.layer_map: the student has 5 layers, the teacher 4; expected no more than "
+        "the teacher's, or the map `given`, which may name one twice"
     )

@@ -1,40 +1,58 @@
-"""What is laid over a recipe: `debug=…`, small values, and `leave_out=…`, fewer stages.
+"""What is laid over a recipe: other options, `leave_out=…`, fewer stages, `debug=…`, small values.
 
 The overlay of `debug` names leaves (`max_steps`, `hidden_size`, …), not places, so one file shrinks
 every recipe. What the command line sets itself wins over it.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from stillhouse.config import choices
 from stillhouse.errors import UserError, did_you_mean
 
 
-def apply(config: DictConfig, overridden: set[str] | None = None) -> None:
-    """Leave stages out, then lay `config.debug.everywhere` over the others and the root groups.
+def apply(config: DictConfig, overrides: Collection[str] | None = None) -> None:
+    """Drop what does not fit the user's options, leave stages out, lay `debug.everywhere` over all.
 
     Args:
         config: a composed recipe, unresolved; it is changed in place.
-        overridden: dotted keys that the user set; by default those of the running Hydra job.
+        overrides: the user's, `key=value`; by default those of the running Hydra job.
 
     Raises:
         UserError: for a name in `leave_out` that is no stage's.
     """
+    given = _overrides_of_the_job() if overrides is None else list(overrides)
+    choices.drop_values_of_others(config, given)
     for stage in config.leave_out:
         if stage not in config.stages:
             raise UserError(
                 f"leave_out=[{stage}]: this recipe has no stage of that name; its stages are "
                 f"{', '.join(config.stages)}{did_you_mean(stage, config.stages)}"
             )
+        _keep_what_others_take(config, config, f"${{stages.{stage}.")
         config.stages[stage] = None
     if config.debug is None:
         return
     values = OmegaConf.to_container(config.debug.everywhere)
     assert isinstance(values, dict)
-    kept = _overridden_by_the_user() if overridden is None else overridden
+    kept = {o.lstrip("+~").partition("=")[0] for o in given}
     with open_dict(config):
         _lay_over(config, {str(k): v for k, v in values.items()}, kept, "")
+
+
+def _keep_what_others_take(config: DictConfig, node: Any, prefix: str) -> None:
+    """Write what other nodes interpolate from a stage in their places: its settings outlive it."""
+    if not isinstance(node, DictConfig):
+        return
+    for key, value in OmegaConf.to_container(node, resolve=False).items():  # type: ignore[union-attr]
+        if isinstance(value, str) and value.startswith(prefix) and value.endswith("}"):
+            taken = OmegaConf.select(config, value[2:-1])
+            raw = isinstance(taken, DictConfig | ListConfig)
+            node[key] = OmegaConf.to_container(taken, resolve=False) if raw else taken
+        elif isinstance(value, dict):
+            _keep_what_others_take(config, node[key], prefix)
 
 
 def _lay_over(node: Any, values: dict[str, Any], kept: set[str], prefix: str) -> None:
@@ -53,9 +71,9 @@ def _lay_over(node: Any, values: dict[str, Any], kept: set[str], prefix: str) ->
                 _lay_over(node[key], values, kept, f"{path}.")
 
 
-def _overridden_by_the_user() -> set[str]:
+def _overrides_of_the_job() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
-        return set()
-    return {o.lstrip("+~").partition("=")[0] for o in HydraConfig.get().overrides.task}
+        return []
+    return list(HydraConfig.get().overrides.task)

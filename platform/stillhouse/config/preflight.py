@@ -91,8 +91,8 @@ def compose_job(overrides: list[str], conf: Path, config_name: str = "run") -> D
     """Compose a job's config as Hydra would, with what is laid over it."""
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         config = compose(config_name, overrides=overrides)
-    if "debug" in config:
-        overlay.apply(config, {o.lstrip("+~").partition("=")[0] for o in overrides})
+        if "debug" in config:
+            overlay.apply(config, overrides)
     return config
 
 

@@ -108,14 +108,20 @@ def _walk(config: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _check_named(config: DictConfig, path: str, named: str) -> None:
-    """Refuse a value that is taken from a node which is set to null, such as a stage left out."""
+    """Refuse a value that is taken from what is not there, or is null, such as a stage left out."""
     parts = named.split(".")
-    for end in range(1, len(parts)):
+    for end, part in enumerate(parts):
         node = ".".join(parts[:end])
-        if OmegaConf.select(config, node) is None:
+        holder: Any = OmegaConf.select(config, node) if node else config
+        if holder is None:
             raise UserError(
                 f"{path} takes its value from {named}, and {node} is left out (null): keep {node}, "
                 f"set {path} by itself, or leave that out too"
+            )
+        # A key that has no value yet is one too, which `in holder` denies.
+        if isinstance(holder, DictConfig) and part not in list(holder):
+            raise UserError(
+                f"{path} takes its value from {named}, which is not there: set {path} by itself"
             )
 
 
@@ -140,12 +146,16 @@ def check_node(path: str, node: DictConfig) -> None:
             raise UserError(f"{path}: {name} needs a value for {key!r}; set {path}.{key}=<value>")
     hints = _type_hints(target)
     for key in given:
-        value = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
-        if isinstance(value, str) and value.startswith("${oc."):
+        value = raw = OmegaConf.to_container(node)[key]  # type: ignore[index, call-overload]
+        if isinstance(raw, str) and raw.startswith("${oc."):
             value = node[key]
         interpolated = isinstance(value, str) and "${" in value
         if key in hints and not interpolated and not fits(value, hints[key]):
-            raise UserError(f"{path}.{key}={value}: expected {_say(hints[key], value)}")
+            said = "null" if value is None else value
+            # A null that nobody wrote: it is looked up where there is nothing.
+            absent = f"; it is {raw}, which has no value here: set {path}.{key}=<value>"
+            way_out = absent if value is None and raw is not None else ""
+            raise UserError(f"{path}.{key}={said}: expected {_say(hints[key], value)}{way_out}")
 
 
 def locate(path: str, target: str) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
 """From texts to the rows of an encoder's batches."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from stillhouse.records.encoders import EncoderBatch
 
 # What a tokenizer calls its rows of ids and of types.
 IDS, TYPES = "input_ids", "token_type_ids"
+# Of texts that are tokenised together: faster than one by one, and few lists of numbers at once.
+CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,56 @@ class EncodedRow:
         tokens: ids, special ones included.
         types: of each token, 1 in the second text of a pair; None of a tokenizer without types.
         label: of the text, or None.
-        number: which example of its split it is; None of a piece of a document.
         cut: whether tokens were left out for length.
     """
 
     tokens: Sequence[int]
     types: Sequence[int] | None
     label: Label | None = None
-    number: int | None = None
     cut: bool = False
+
+
+class PackedRows(Sequence[EncodedRow]):
+    """Rows, their tokens end to end in arrays: 5 bytes each, where Python's lists take hundreds.
+
+    A row is made when it is asked for.
+    """
+
+    def __init__(self, rows: Iterable[EncodedRow]) -> None:
+        self._tokens, self._types, self._ends = array("i"), array("B"), array("q", [0])
+        self._labels: list[Label | None] = []
+        self._cut = bytearray()
+        for row in rows:
+            self._tokens.extend(row.tokens)
+            self._types.extend(row.types or ())
+            self._ends.append(len(self._tokens))
+            self._labels.append(row.label)
+            self._cut.append(row.cut)
+
+    @property
+    def cut(self) -> list[int]:
+        """Places of the rows of which tokens were left out."""
+        return [place for place, cut in enumerate(self._cut) if cut]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedRow]: ...
+
+    def __getitem__(self, index: int | slice) -> EncodedRow | list[EncodedRow]:
+        """Return row `index`, or the rows of a slice."""
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        tokens = slice(self._ends[places], self._ends[places + 1])
+        types = self._types[tokens].tolist() if self._types else None
+        return EncodedRow(
+            self._tokens[tokens].tolist(), types, self._labels[places], bool(self._cut[places])
+        )
 
 
 class Rows:
@@ -51,26 +95,41 @@ class Rows:
 
 def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int
-) -> list[EncodedRow]:
+) -> PackedRows:
     """Return every example as one row of at most `length` tokens, in their order.
 
     Of a pair, tokens are taken from the longer text until it fits.
+
+    Raises:
+        UserError: when only some of the examples are pairs.
     """
+    pairs = sum(example.pair is not None for example in examples)
+    if 0 < pairs < len(examples):
+        raise UserError(
+            f"data.corpus: {pairs} of {len(examples)} examples are pairs of texts; expected all "
+            "or none"
+        )
+    blocks = _blocks(examples)
+    return PackedRows(row for block in blocks for row in _fitted(block, tokenizer, length))
+
+
+def _fitted(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Iterator[EncodedRow]:
+    """Yield examples as rows, those that are too long cut."""
     whole, cut = _encoded(examples, tokenizer), {}
     longer = [i for i, ids in enumerate(whole[IDS]) if len(ids) > length]
     if longer:
         limits = {"truncation": "longest_first", "max_length": length}
         short = _encoded([examples[i] for i in longer], tokenizer, **limits)
         cut = {i: _row(short, place) for place, i in enumerate(longer)}
-    return [
-        EncodedRow(*cut.get(i, _row(whole, i)), example.label, i, i in cut)
-        for i, example in enumerate(examples)
-    ]
+    for i, example in enumerate(examples):
+        yield EncodedRow(*cut.get(i, _row(whole, i)), example.label, i in cut)
 
 
 def encode_pieces(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int
-) -> list[EncodedRow]:
+) -> PackedRows:
     """Return documents as rows of at most `length` tokens, cut where one is full.
 
     Raises:
@@ -82,8 +141,8 @@ def encode_pieces(
             "into pieces; name one with a tokenizer.json"
         )
     limits = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
-    pieces = _encoded(examples, tokenizer, **limits)
-    return [EncodedRow(*_row(pieces, i)) for i in range(len(pieces[IDS]))]
+    cut = (_encoded(block, tokenizer, **limits) for block in _blocks(examples))
+    return PackedRows(EncodedRow(*_row(of, i)) for of in cut for i in range(len(of[IDS])))
 
 
 def collate_rows(
@@ -107,13 +166,11 @@ def collate_rows(
         return torch.tensor(filled)
 
     types = [row.types for row in rows if row.types is not None]
-    numbers = [row.number for row in rows if row.number is not None]
     return EncoderBatch(
         input_ids=padded([row.tokens for row in rows], pad_token),
         attention_mask=padded([[1] * len(row.tokens) for row in rows], 0).bool(),
         token_type_ids=padded(types, 0) if types else None,
         labels=None if task is None else _labels([row.label for row in rows], task),
-        rows=torch.tensor(numbers) if numbers else None,
     )
 
 
@@ -131,16 +188,26 @@ def _labels(labels: Sequence[Label | None], task: Task) -> Tensor | None:
     return torch.tensor(labels, dtype=kind)
 
 
+def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Yield examples that stand together, of at most `CHARACTERS`, or a longer one alone."""
+    block: list[Example] = []
+    size = 0
+    for example in examples:
+        length = len(example.text) + len(example.pair or "")
+        if block and size + length > CHARACTERS:
+            yield block
+            block, size = [], 0
+        block.append(example)
+        size += length
+    if block:
+        yield block
+
+
 def _encoded(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, **limits: Any
 ) -> dict[str, Any]:
-    """Tokenise examples together, which is faster; all are pairs, or none is."""
+    """Tokenise examples together; all are pairs, or none is."""
     texts, pairs = [e.text for e in examples], [e.pair for e in examples if e.pair is not None]
-    if pairs and len(pairs) < len(texts):
-        raise UserError(
-            f"data.corpus: {len(pairs)} of {len(texts)} examples are pairs of texts; expected all "
-            "or none"
-        )
     return dict(tokenizer(texts, pairs or None, verbose=False, **limits))
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from stillhouse.data.corpora.corpus import Corpus, Split
 from stillhouse.data.encoder_rows import (
     EncodedRow,
+    PackedRows,
     Rows,
     collate_rows,
     encode_examples,
@@ -86,7 +87,7 @@ class EncoderData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self._examples: dict[Split, Sequence[Example]] = {}
-        self._rows: dict[Split, Sequence[EncodedRow]] = {}
+        self._rows: dict[Split, PackedRows] = {}
 
     @cached_property
     def corpus(self) -> Corpus | LabelledText:
@@ -141,7 +142,7 @@ class EncoderData(pl.LightningDataModule):
         )
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return the texts of a split that are used; a batch's `rows` count them from 0.
+        """Return the texts of a split that are used, in the order of its rows.
 
         Training examples of a labelled text stand in a balanced order that `train_labels` does not
         change: row i is the same example at 50 labels and at all. A document of a corpus is an
@@ -183,7 +184,7 @@ class EncoderData(pl.LightningDataModule):
             )
         return [Example(text) for text in texts]
 
-    def rows(self, split: Split) -> Sequence[EncodedRow]:
+    def rows(self, split: Split) -> PackedRows:
         """Return the rows of a split, tokenised once.
 
         Raises:
@@ -201,37 +202,41 @@ class EncoderData(pl.LightningDataModule):
 
     def truncated(self, split: Split) -> int:
         """Return how many rows of a split were cut; none of a corpus is."""
-        return sum(row.cut for row in self.rows(split))
+        return len(self.rows(split).cut)
+
+    def prepare_data(self) -> None:
+        """Tokenise what a fit reads."""
+        for split in ("train", "validation"):
+            self.rows(split)
 
     def report(self) -> Mapping[str, int]:
-        """Return how many of the labelled texts that are trained on were cut."""
-        return {} if self.task is None else {"truncated_texts": self.truncated("train")}
+        """Return how many labelled texts were cut, of every split that has been tokenised."""
+        read = {} if self.task is None else self._rows
+        return {f"truncated_{split}_texts": self.truncated(split) for split in read}
 
     def remarks(self) -> Sequence[str]:
-        """Say that labelled texts were cut, if any were."""
-        cut = self.report().get("truncated_texts")
-        if not cut:
-            return []
+        """Say of which splits labelled texts were cut, if any were."""
         return [
-            f"{cut} of {len(self.rows('train'))} training texts are longer than "
-            f"data.sequence_length={self.sequence_length} and were cut"
+            f"{cut} of {len(rows)} {'training' if split == 'train' else split} texts are longer "
+            f"than data.sequence_length={self.sequence_length} and were cut"
+            for split, rows in self._rows.items()
+            if (cut := self.truncated(split))
         ]
 
-    def _check_lengths(self, rows: Sequence[EncodedRow], split: Split) -> None:
-        longer = [i for i, row in enumerate(rows) if row.cut]
-        if longer and not self.truncate:
-            text = self.examples(split)[longer[0]].text
+    def _check_lengths(self, rows: PackedRows, split: Split) -> None:
+        if rows.cut and not self.truncate:
+            text = self.examples(split)[rows.cut[0]].text
             raise UserError(
-                f"data.sequence_length={self.sequence_length}: {len(longer)} of {len(rows)} texts "
-                f"of {split} are longer, the first begins {text[:40]!r}; set a greater length, "
-                "or data.truncate=true to cut them"
+                f"data.sequence_length={self.sequence_length}: {len(rows.cut)} of {len(rows)} "
+                f"texts of {split} are longer, the first begins {text[:40]!r}; set a greater "
+                "length, or data.truncate=true to cut them"
             )
 
     def train_dataloader(self) -> BatchStream:
         """Return the stream of the whole training; Lightning's trainer says how long it is."""
         trainer = self.trainer
         assert trainer is not None
-        rows = self.rows("train")
+        rows: Sequence[EncodedRow] = self.rows("train")
         if self.distinct_train_batches is not None:
             rows = rows[: self.distinct_train_batches * self.batch_size]
         return BatchStream(
@@ -252,7 +257,8 @@ class EncoderData(pl.LightningDataModule):
 
     def evaluation_batches(self, split: Split) -> Iterator[EncoderBatch]:
         """Yield the rows of a split in their order; of `train`, all of them."""
-        rows, most = self.rows(split), self.max_evaluation_rows
+        rows: Sequence[EncodedRow] = self.rows(split)
+        most = self.max_evaluation_rows
         if split != "train" and most is not None and len(rows) > most:
             rows = [rows[i * len(rows) // most] for i in range(most)]
         size = self.evaluation_batch_size

@@ -48,8 +48,15 @@ def scores(logits: Float[Tensor, "B C"], labels: Num[Tensor, "B *C"]) -> Mapping
 
 
 def main_score(logits: Float[Tensor, "B C"], labels: Num[Tensor, "B *C"]) -> tuple[str, float]:
-    """Return name and value of a task's main score: accuracy, Pearson's r, or F1."""
-    return next(iter(scores(logits, labels).items()))
+    """Return name and value of a task's main score."""
+    found = scores(logits, labels)
+    name = main_of(found)
+    return name, found[name]
+
+
+def main_of(found: Mapping[str, float]) -> str:
+    """Return the name of a task's main score: accuracy, Pearson's r, or F1 of several labels."""
+    return next(iter(found))
 
 
 def accuracy(said: Int[Tensor, "B"], labels: Int[Tensor, "B"]) -> float:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.data.encoders import EncoderData
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.evaluation.classification import scores
+from stillhouse.evaluation.classification import main_of, scores
 from stillhouse.evaluation.language_models import Evaluated
 from stillhouse.evaluation.speed import medians_by_turns, seconds
 from stillhouse.ranges import Count
@@ -170,7 +170,7 @@ def _kept(
         UserError: for a score that the task does not have.
     """
     names = list(found[reference])
-    name = names[0] if score is None else score
+    name = main_of(found[reference]) if score is None else score
     if name not in names:
         raise UserError(
             f"evaluation.score={name}: the task has {', '.join(names)}{did_you_mean(name, names)}"

@@ -4,6 +4,9 @@ from transformers import PreTrainedModel
 
 from stillhouse.errors import UserError
 
+# Where the values of an evaluator stand.
+KEY = "stages.<stage>.evaluator"
+
 
 def check_positions(
     model: PreTrainedModel,
@@ -21,7 +24,7 @@ def check_positions(
         role: its role, for messages.
         prompt: tokens of the longest prompt.
         new_tokens: tokens that are written behind it at most.
-        key: that says how many, for messages.
+        key: of the evaluator that says how many, for messages.
         of_the_prompt: what says how long it is, for messages.
 
     Raises:
@@ -30,7 +33,7 @@ def check_positions(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt + new_tokens > limit:
         raise UserError(
-            f"{key}={new_tokens}: with the {prompt} tokens of {of_the_prompt} this "
+            f"{KEY}.{key}={new_tokens}: with the {prompt} tokens of {of_the_prompt} this "
             f"is more than the {limit} positions of models.{role}; expected at most "
             f"{max(0, limit - prompt)}"
         )

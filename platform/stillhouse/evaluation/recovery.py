@@ -22,7 +22,7 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.exercises import accuracy_by_task, questions_of
 from stillhouse.evaluation.language import held_out_quality
 from stillhouse.evaluation.language_models import Evaluated
-from stillhouse.evaluation.positions import check_positions
+from stillhouse.evaluation.positions import KEY, check_positions
 from stillhouse.evaluation.speed import size_and_speed, some_tokens
 from stillhouse.ranges import Count
 from stillhouse.records.language import SequenceBatch
@@ -90,8 +90,8 @@ def recovery(
             role,
             speed_context,
             speed_new_tokens,
-            key="evaluation.speed_new_tokens",
-            of_the_prompt="evaluation.speed_context",
+            key="speed_new_tokens",
+            of_the_prompt=f"{KEY}.speed_context",
         )
         return model.to(device).eval()
 
@@ -224,6 +224,6 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
 def _check(models: Mapping[str, str], reference: str) -> None:
     if reference not in models:
         raise UserError(
-            f"evaluation.reference={reference}: there is no such model; expected "
+            f"{KEY}.reference={reference}: there is no such model; expected "
             f"{', '.join(models)}{did_you_mean(reference, models)}"
         )

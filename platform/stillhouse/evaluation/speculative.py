@@ -35,14 +35,13 @@ class Speculation:
     Attributes:
         tokens: behind the prompt, the end token included where it came.
         target_calls: passes of the target, the prompt's among them.
-        drafted: tokens that the draft proposed.
-        tested: those of them that were looked at: behind the first that is not kept none is.
+        tested: tokens that the draft proposed and that were looked at: behind the first that is
+            not kept none is.
         accepted: those of them that were kept.
     """
 
     tokens: list[int]
     target_calls: int
-    drafted: int
     tested: int
     accepted: int
 
@@ -81,7 +80,7 @@ def speculate(
     columns = min(_columns(target), _columns(draft))
     verifier, proposer = (_Reader(m, columns, temperature) for m in (target, draft))
     text = input_ids[0].tolist()
-    prompt, target_calls, drafted, tested, accepted = len(text), 0, 0, 0, 0
+    prompt, target_calls, tested, accepted = len(text), 0, 0, 0
     while len(text) - prompt < max_new_tokens and (len(text) == prompt or text[-1] != end_token):
         budget = min(draft_tokens, max_new_tokens - (len(text) - prompt) - 1)
         proposed, q = _propose(proposer, text, budget, end_token, generator)
@@ -91,22 +90,9 @@ def speculate(
         verifier.forget_behind(len(text) - 1)
         proposer.forget_behind(len(text) - 1)
         target_calls += 1
-        drafted += len(proposed)
         tested += min(kept + len(further), len(proposed))
         accepted += kept
-    return Speculation(text[prompt:], target_calls, drafted, tested, accepted)
-
-
-def block_efficiency(rate: float, draft_tokens: int) -> float:
-    """Return the mean tokens of a target's pass, its own included, if acceptance is independent.
-
-    τ = (1 - a^(γ+1)) / (1 - a) = 1 + a + … + a^γ, from 1 to γ + 1 (arXiv:2211.17192, equation 1).
-
-    Args:
-        rate: a, the probability that a proposed token is kept.
-        draft_tokens: γ.
-    """
-    return sum(rate**i for i in range(draft_tokens + 1))
+    return Speculation(text[prompt:], target_calls, tested, accepted)
 
 
 def check_rollback(model: PreTrainedModel, *, where: str) -> None:

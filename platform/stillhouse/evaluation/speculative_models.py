@@ -15,11 +15,11 @@ from stillhouse.data.language import LanguageData
 from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.language_models import Evaluated
-from stillhouse.evaluation.positions import check_positions
+from stillhouse.evaluation.positions import KEY, check_positions
 from stillhouse.evaluation.sharing_costs import ratio_of_medians
 from stillhouse.evaluation.speculative import Speculation, check_rollback, speculate
 from stillhouse.evaluation.speed import seconds
-from stillhouse.ranges import Count, Weight
+from stillhouse.ranges import Count, CountFrom2, Weight
 from stillhouse.students.causal_lm import load_causal_lm
 
 
@@ -31,7 +31,7 @@ def speculative_decoding(
     draft_tokens: Count,
     max_sequences: Count,
     prompt_tokens: Count,
-    max_new_tokens: Count,
+    max_new_tokens: CountFrom2,
     temperature: Weight,
     repeats: Count,
     seed: int,
@@ -71,12 +71,13 @@ def speculative_decoding(
     """
     if reference not in models:
         raise UserError(
-            f"reference={reference}: there is no such model; expected {', '.join(models)}"
+            f"{KEY}.reference={reference}: there is no such model; expected {', '.join(models)}"
             f"{did_you_mean(reference, models)}"
         )
     if max_new_tokens < 2:
         raise UserError(
-            f"max_new_tokens={max_new_tokens}: expected 2 or more; the last token is never proposed"
+            f"{KEY}.max_new_tokens={max_new_tokens}: expected 2 or more; the last token is never "
+            "proposed"
         )
     for role, path in models.items():
         check_same_tokenizer(path, data.tokenizer, key=f"models.{role}")
@@ -164,8 +165,8 @@ def _prompts(data: LanguageData, max_sequences: Count, prompt_tokens: Count) -> 
     prompts = [prompt for prompt in cut if prompt]
     if not prompts:
         raise UserError(
-            f"prompt_tokens={prompt_tokens}: none of {wanted} test documents is longer; expected "
-            "fewer tokens, or data with longer documents"
+            f"{KEY}.prompt_tokens={prompt_tokens}: none of {wanted} test documents is longer; "
+            "expected fewer tokens, or data with longer documents"
         )
     return prompts
 

@@ -12,7 +12,6 @@ from stillhouse.errors import TrainingDiverged, UserError, did_you_mean
 from stillhouse.families.distiller import Distiller
 from stillhouse.ranges import Count
 
-KEY = "stages.<stage>.own_callbacks.<name>"
 # What families log at a validation is called so.
 VALIDATION = "val_"
 
@@ -22,13 +21,18 @@ class BestWeights(pl.Callback):
 
     Only a value that is really better counts; of equal ones the earliest stays. What was kept is in
     every checkpoint, so that a killed fit goes on with it. Rank 0 decides for all ranks.
+
+    Attributes:
+        key: where it stands in the config, for messages; the stage that builds it writes it.
     """
+
+    key = "stages.<stage>.own_callbacks.<name>"
 
     def __init__(self, *, watched: str, greater_is_better: bool, patience: Count | None) -> None:
         """Say what is best.
 
         Args:
-            watched: what the family logs at a validation, such as `val_accuracy` or `val_loss`.
+            watched: what the family logs at a validation, such as `val_score` or `val_loss`.
             greater_is_better: whether the best value is the greatest one, else the smallest.
             patience: stop at the n-th validation in a row without a gain; None never stops.
         """
@@ -71,7 +75,7 @@ class BestWeights(pl.Callback):
             raise UserError(
                 f"trainer.val_check_interval={trainer.val_check_interval}: the stage ends after "
                 f"{batches} batches, before any validation could tell the best weights; expected "
-                f"{batches} or less, or {KEY}=null"
+                f"{batches} or less, or {self.key}=null"
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,8 +90,8 @@ class BestWeights(pl.Callback):
         )
         if self.watched not in said:
             raise UserError(
-                f"{KEY}.watched={self.watched}: the validation of this stage logs no such value; "
-                f"expected {' or '.join(sorted(said))}{did_you_mean(self.watched, said)}"
+                f"{self.key}.watched={self.watched}: the validation of this stage logs no such "
+                f"value; expected {' or '.join(sorted(said))}{did_you_mean(self.watched, said)}"
             )
         if self._is_gain(said[self.watched]):
             assert isinstance(pl_module, Distiller)

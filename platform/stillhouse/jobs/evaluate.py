@@ -38,14 +38,18 @@ def evaluate_run(config: DictConfig, folder: Path) -> None:
 
     from hydra.utils import instantiate
 
+    from stillhouse.evaluation.positions import KEY
     from stillhouse.stages.runner import quiet_libraries
 
     quiet_libraries()
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"evaluate: {', '.join(models)}"):
-        evaluated = instantiate(evaluator)(
-            models, instantiate(data, _recursive_=False)(stage["seed"])
-        )
+        try:
+            evaluated = instantiate(evaluator)(
+                models, instantiate(data, _recursive_=False)(stage["seed"])
+            )
+        except UserError as error:  # it speaks of the evaluator of a stage
+            raise UserError(str(error).replace(KEY, "settings")) from error
     print_results(run.recipe, evaluated.models, console)
 
     def write(target: Path) -> None:

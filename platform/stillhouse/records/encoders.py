@@ -3,10 +3,8 @@
 Axes: B rows, N tokens, D hidden width, H attention heads, E width of a head, C classes or targets.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int, Num
@@ -24,15 +22,12 @@ class EncoderBatch(NamedTuple):
         token_type_ids: [B, N]; 1 in the second text of a pair. None for models that know no types.
         labels: [B] class indices; [B] floats, the targets of a regression; or [B, C] floats, 1 for
             every class that holds, of several labels. None where a text has no label.
-        rows: [B]; which example of its split each row is, by which a cached signal is found. None
-            where there is no such number.
     """
 
     input_ids: Int[Tensor, "B N"]
     attention_mask: Bool[Tensor, "B N"]
     token_type_ids: Int[Tensor, "B N"] | None = None
     labels: Num[Tensor, "B *C"] | None = None
-    rows: Int[Tensor, "B"] | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "EncoderBatch":
         """Move every field, as `torch.Tensor.to` does."""
@@ -42,7 +37,7 @@ class EncoderBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionTap:
-    """What the attention of one layer computes with, before its softmax.
+    """What the attention of one layer, softmax(Q K^T / sqrt(E)) V, computes with.
 
     Attributes:
         queries, keys, values: [B, H, N, E].
@@ -51,11 +46,6 @@ class AttentionTap:
     queries: Float[Tensor, "B H N E"]
     keys: Float[Tensor, "B H N E"]
     values: Float[Tensor, "B H N E"]
-
-    @cached_property
-    def scores(self) -> Float[Tensor, "B H N N"]:
-        """Q K^T / sqrt(E), computed once, padding not masked."""
-        return self.queries @ self.keys.mT / math.sqrt(self.queries.shape[-1])
 
 
 @dataclass(frozen=True)

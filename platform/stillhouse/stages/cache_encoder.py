@@ -1,6 +1,6 @@
 """The stage `cache_encoder`: run an encoder once over a task's texts and keep what it says."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,17 +11,17 @@ from stillhouse.data.corpora.corpus import Split
 from stillhouse.data.encoders import EncoderData
 from stillhouse.errors import UserError
 from stillhouse.files import sha256_of
-from stillhouse.ranges import Count
+from stillhouse.ranges import Count, Positive
 from stillhouse.records.encoders import EncoderBatch
 from stillhouse.stages.stage import StageContext, StageResult
-from stillhouse.students.encoders import stored_config
+from stillhouse.students.kept_blocks import chosen_blocks
+from stillhouse.students.layer_maps import KEY, LayerMap
 from stillhouse.teachers.encoder_signals import EncoderIndex, Rows, encode, source_of, write_index
 from stillhouse.teachers.encoders import LiveEncoder
 from stillhouse.teachers.signals import rows_in, write_shard
 from stillhouse.tracking.work import WorkProgress
 
 SPLITS = get_args(Split)
-LayerMap = Callable[[int, int], Mapping[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class CacheEncoder:
         splits: of `train`, `validation` and `test`, what is cached; a fit that validates reads
             `train` and `validation`.
         layer_map: the fit's; the teacher's layers that it names are kept. None: logits alone.
-        student_path: folder of the fit's student, or of one with as many layers, for the map.
+        student_layers: for the map, how many layers the fit's student has; or `student.blocks`, a
+            fraction or indices, of one that is cut from the teacher. None: as many as the teacher.
         dtype: of hidden states, queries, keys and values.
         batches_per_shard: of `data.evaluation_batch_size` texts.
     """
@@ -46,7 +47,7 @@ class CacheEncoder:
     data: dict[str, Any]
     splits: Sequence[Split] = ("train", "validation")
     layer_map: dict[str, Any] | None = None
-    student_path: str | None = None
+    student_layers: Count | Positive | list[int] | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     batches_per_shard: Count = 32
 
@@ -55,7 +56,7 @@ class CacheEncoder:
         data: EncoderData = instantiate(self.data, _recursive_=False)(0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher: LiveEncoder = instantiate(self.teacher)(data).to(device)
-        layers = self._layers(teacher, context.name)
+        layers = self._layers(teacher)
         batches = self._batches(data, context.name)
         size = self.batches_per_shard
         shards = [batches[start : start + size] for start in range(0, len(batches), size)]
@@ -80,7 +81,6 @@ class CacheEncoder:
         config: Any = teacher.config
         index = EncoderIndex(
             source=source_of(self.teacher["path"], data.tokenizer),
-            teacher_path=self.teacher["path"],
             hidden_layers=layers,
             attention_layers=[layer for layer in layers if layer],
             width=config.hidden_size,
@@ -94,19 +94,20 @@ class CacheEncoder:
             metrics={"texts": texts, "tokens": tokens, "bytes_per_text": stored / texts}
         )
 
-    def _layers(self, teacher: LiveEncoder, stage: str) -> list[int]:
+    def _layers(self, teacher: LiveEncoder) -> list[int]:
         """Return the teacher's layers that the map names."""
         if self.layer_map is None:
             return []
-        if self.student_path is None:
-            raise UserError(
-                f"stages.{stage}.student_path=null: stages.{stage}.layer_map has to know how many "
-                "layers the student has; expected its folder"
-            )
         layer_map: LayerMap = instantiate(self.layer_map)
-        student = stored_config(self.student_path, key=f"stages.{stage}.student_path")
         config: Any = teacher.config
-        return sorted(set(layer_map(student.num_hidden_layers, config.num_hidden_layers).values()))
+        depth: int = config.num_hidden_layers
+        ours = depth if self.student_layers is None else self.student_layers
+        if not isinstance(ours, int):
+            ours = len(chosen_blocks(ours, depth))
+        try:
+            return sorted(set(layer_map(ours, depth).values()))
+        except UserError as error:  # it speaks of a fit's map
+            raise UserError(str(error).replace(KEY, "stages.<stage>.layer_map")) from error
 
     def _batches(self, data: EncoderData, stage: str) -> list[EncoderBatch]:
         """Return the texts of all splits."""

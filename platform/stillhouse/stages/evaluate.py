@@ -6,6 +6,7 @@ from typing import Any
 from hydra.utils import instantiate
 
 from stillhouse.files import write_json
+from stillhouse.stages.reports import heard
 from stillhouse.stages.stage import StageContext, StageResult
 
 
@@ -36,4 +37,4 @@ class Evaluate:
             write_json(context.output / "samples.json", evaluated.samples)
             columns = ["model", "prompt", "continuation"]
             context.tracker.table("samples", columns, evaluated.samples)
-        return StageResult(models=evaluated.models)
+        return StageResult(metrics=heard(context, [data]), models=evaluated.models)

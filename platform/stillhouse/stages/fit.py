@@ -1,7 +1,6 @@
 """The stage `fit`: train a student with a family and a method, and hand it on as a model folder."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ from stillhouse.errors import UserError
 from stillhouse.families.checkpoints import latest_checkpoint, step_of
 from stillhouse.families.distiller import Distiller
 from stillhouse.stages import ranks
-from stillhouse.stages.artifacts import Number
+from stillhouse.stages.reports import heard
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.progress import StageProgress
@@ -36,16 +35,14 @@ UNUSED = "parameters that were not used"
 
 
 @runtime_checkable
-class Reporting(Protocol):
-    """A part of a stage, data or a callback, that has something to say of what it did."""
+class Placed(Protocol):
+    """A callback that names its own keys in messages.
 
-    def report(self) -> Mapping[str, Number]:
-        """Return numbers for the stage's metrics, units in the names."""
-        ...
+    Attributes:
+        key: where it stands in the config.
+    """
 
-    def remarks(self) -> Sequence[str]:
-        """Return what the user should read, in lines."""
-        ...
+    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +89,11 @@ class Fit:
         if teacher is not None:
             sizes["teacher_parameters"] = number_of_parameters(teacher)
         context.tracker.describe(sizes)
-        reports = dict(_heard(context, [data]))
+        # Before Lightning asks for it, so that the data's remarks are read before training.
+        data.prepare_data()
+        reports = dict(heard(context, [data]))
         progress = StageProgress(context.name, context.console)
-        nodes = (self.callbacks | self.own_callbacks).values()
-        callbacks = [instantiate(node) for node in nodes if node is not None]
+        callbacks = self._callbacks(context.name)
         trainer = self._trainer(context, [progress, *callbacks])
         checkpoint = latest_checkpoint(context.scratch)
         for logger in context.tracker.loggers:
@@ -125,8 +123,18 @@ class Fit:
         module.stop_if_parameters_not_finite()
         if trainer.is_global_zero:
             module.export(context.output, data)
-        reports |= _heard(context, callbacks)
+        reports |= heard(context, callbacks)
         return StageResult(metrics={**sizes, **module.summary(), **reports})
+
+    def _callbacks(self, stage: str) -> list[pl.Callback]:
+        """Build the callbacks; those that name their keys learn where they stand."""
+        nodes = self.callbacks | self.own_callbacks
+        built = {name: instantiate(node) for name, node in nodes.items() if node is not None}
+        for name, callback in built.items():
+            if isinstance(callback, Placed):
+                own = f"stages.{stage}.own_" if name in self.own_callbacks else ""
+                callback.key = f"{own}callbacks.{name}"
+        return list(built.values())
 
     def _trainer(self, context: StageContext, callbacks: list[pl.Callback]) -> pl.Trainer:
         """Build the trainer.
@@ -157,17 +165,6 @@ class Fit:
                 f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
             )
         return trainer
-
-
-def _heard(context: StageContext, parts: Iterable[object]) -> Mapping[str, Number]:
-    """Speak the remarks of parts that have some, and return what they report."""
-    reports: dict[str, Number] = {}
-    for part in parts:
-        if isinstance(part, Reporting):
-            reports |= part.report()
-            for remark in part.remarks():
-                context.console.print(f"{context.name}: {remark}")
-    return reports
 
 
 def number_of_parameters(module: nn.Module) -> int:

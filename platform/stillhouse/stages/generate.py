@@ -19,7 +19,7 @@ from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import load_causal_lm
 from stillhouse.teachers.decoding import Tokens
 from stillhouse.teachers.sharded_decoding import BatchDecoder, decode_in_shards
-from stillhouse.teachers.signals import model_identity
+from stillhouse.teachers.signals import model_provenance
 from stillhouse.tracking.work import WorkProgress
 
 
@@ -119,8 +119,7 @@ class Generate:
         disable_progress_bars()
         Dataset.from_list(rows).save_to_disk(folder)
         provenance = {
-            "model": self.path,
-            "model_sha256": model_identity(self.path),
+            **model_provenance(self.path),
             "tokenizer_sha256": tokenizer_identity(data.tokenizer),
             "windows_sha256": data.windows("train").identity(),
             "decoding": self.decoding,

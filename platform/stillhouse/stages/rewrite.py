@@ -33,7 +33,7 @@ from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.causal_lm import load_causal_lm
 from stillhouse.teachers.decoding import Tokens
 from stillhouse.teachers.sharded_decoding import BatchDecoder, decode_in_shards
-from stillhouse.teachers.signals import model_identity
+from stillhouse.teachers.signals import model_provenance
 from stillhouse.tracking.work import WorkProgress
 
 
@@ -65,10 +65,12 @@ class Rewrite:
         dtype, attn_implementation: as in `teachers.live.live_teacher`.
         exercises: node of a function that returns `Exercises`.
         prompt: template of the question, with `{instruction}` and `{reference}`.
+        system: what the system says before, in front of an exercise's own context; null adds
+            nothing.
         opening: beginning of every answer that the model goes on from; may be empty.
         decoding: how answers are drawn, partial, called with (model, prompts).
         forbidden: phrases that no accepted answer holds, in any case.
-        forbidden_start: what no accepted answer begins with, in any case.
+        forbidden_start: what no accepted answer begins with, in any case, behind the opening too.
         max_exercises: rewrite so many, spread evenly; null takes all.
         batch_size: prompts a batch.
         seed: of the draws.
@@ -77,6 +79,7 @@ class Rewrite:
     path: str
     exercises: dict[str, Any]
     prompt: str
+    system: str | None
     opening: str
     decoding: dict[str, Any]
     forbidden: Sequence[str]
@@ -127,6 +130,8 @@ class Rewrite:
                 f"{context.name}: accepted answers {gap['accepted_nll']:.3f} nats a token, their "
                 f"labels {gap['replaced_nll']:.3f}"
             )
+        for remark in _remarks(counts, gap, key):
+            context.console.print(f"[yellow]warning:[/yellow] {context.name}: {remark}")
         tokens = sum(map(len, continuations))
         return StageResult(
             metrics={**counts, **gap, "generated_tokens": tokens, "tokens_per_s": rate}
@@ -152,7 +157,7 @@ class Rewrite:
             Request(
                 exercise,
                 question_tokens(
-                    asked_to_rewrite(exercise, self.prompt).question(),
+                    asked_to_rewrite(exercise, self.prompt, self.system).question(),
                     tokenizer,
                     opening=self.opening,
                     place=f"{place}, {exercise.place}",
@@ -234,13 +239,13 @@ class Rewrite:
         kinds = {name: Value("bool" if name == "accepted" else "string") for name in rows[0]}
         Dataset.from_list(rows, features=Features(kinds)).save_to_disk(folder)
         provenance = {
-            "model": self.path,
-            "model_sha256": model_identity(self.path),
+            **model_provenance(self.path),
             "tokenizer_sha256": tokenizer_identity(tokenizer),
             "exercises": exercises.name,
             "exercises_sha256": exercises.identity("train"),
             "max_exercises": self.max_exercises,
             "prompt": self.prompt,
+            "system": self.system,
             "opening": self.opening,
             "decoding": self.decoding,
             "forbidden": list(self.forbidden),
@@ -285,6 +290,21 @@ def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Number]:
         "accepted_fraction": accepted / len(rows),
         **kept,
     }
+
+
+def _remarks(counts: dict[str, Number], gap: dict[str, Number], key: str) -> list[str]:
+    """Return what the user should read before training on the answers."""
+    if not counts["accepted"]:
+        return [
+            "no answer was accepted, so all targets are labels, and to learn them is SFT; the "
+            f"reasons stand above; change {key}.prompt or decoding, or take a stronger model"
+        ]
+    if gap and gap["accepted_nll"] > gap["replaced_nll"]:
+        return [
+            "the model's own answers are less likely to it than the labels that they replace; it "
+            f"may not understand what it is asked; change {key}.prompt"
+        ]
+    return []
 
 
 def _say(counts: dict[str, Number]) -> str:

@@ -63,7 +63,7 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
     _check_names(workspace)
     preflight.check_devices(config, sweep=is_sweep())
     signatures.check(config, workspace.stages)
-    _check_reference(config)
+    _check_references(workspace)
     plan = make_plan(workspace)
     if config.plan:
         _print_plan(plan, workspace, console)
@@ -86,7 +86,11 @@ def _carry_out(plan: list[Step], workspace: Workspace, console: Console) -> None
         for step in plan:
             if step.state == "not needed":
                 continue
-            with record.stage(step.stage) as entry, _storage_errors(workspace):
+            with (
+                record.stage(step.stage) as entry,
+                _storage_errors(workspace),
+                _keys_written_out(workspace, step.stage),
+            ):
                 manifest = _bring_up_to_date(step, workspace, tracking, record, console)
                 entry.finish(
                     status="done" if step.is_work else step.state,
@@ -271,14 +275,18 @@ def _check_names(workspace: Workspace) -> None:
             )
 
 
-def _check_reference(config: DictConfig) -> None:
-    """Refuse an evaluation against a role that the recipe does not have."""
-    reference = OmegaConf.select(config, "evaluation.reference")
-    if reference is not None and config.models.get(reference) is None:
-        raise UserError(
-            f"evaluation.reference={reference}: the recipe has no such model; its models are "
-            f"{', '.join(config.models)}{did_you_mean(reference, config.models)}"
-        )
+def _check_references(workspace: Workspace) -> None:
+    """Refuse an evaluation against a role that its stage does not have."""
+    for stage in workspace.stages:
+        node = workspace.config.stages[stage]
+        reference = OmegaConf.select(node, "evaluator.reference")
+        roles = [role for role, path in (node.get("models") or {}).items() if path is not None]
+        if reference is not None and reference not in roles:
+            message = (
+                f"stages.<stage>.evaluator.reference={reference}: the recipe has no such model; "
+                f"its models are {', '.join(roles)}{did_you_mean(reference, roles)}"
+            )
+            raise UserError(workspace.told(message, stage))
 
 
 def _print_plan(plan: list[Step], workspace: Workspace, console: Console) -> None:
@@ -318,6 +326,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _keys_written_out(workspace: Workspace, stage: str) -> Iterator[None]:
+    """Name the keys of a stage's message as they are set in this recipe."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(workspace.told(str(error), stage)) from error
 
 
 @contextmanager

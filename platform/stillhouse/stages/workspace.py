@@ -8,6 +8,7 @@ The resolver is bound to a workspace by a context variable. Without one (`--cfg 
 gives the path that the artifact has in every run directory, whether or not it exists.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,7 +51,8 @@ def _remaining_steps(steps: int, *stages: str, _root_: DictConfig) -> int:
         UserError: when they take more than there is.
     """
     taken = {s: int(_root_.stages[s].trainer.max_steps) for s in stages if _is_there(s, _root_)}
-    if sum(taken.values()) > steps:
+    # debug=… lays the same small number over the budget and over its parts.
+    if sum(taken.values()) > steps and OmegaConf.select(_root_, "debug") is None:
         said = ", ".join(f"stages.{s}.trainer.max_steps={n}" for s, n in taken.items())
         raise UserError(
             f"trainer.max_steps={steps}: {said} take more; it is the budget of these stages and "
@@ -145,6 +147,21 @@ class Workspace:
         with references(lambda name: named.add(self._known(name, stage)) or name):
             self._resolve(stage)
         return named
+
+    def told(self, message: str, stage: str) -> str:
+        """Write out the keys that a message of a stage names as `stages.<stage>.<key>`.
+
+        A part of a recipe knows neither the stage that it works in nor that its node may repeat
+        another one, `${stages.<other>.<key>}`, and is to be changed there.
+        """
+        raw = OmegaConf.to_container(self.config.stages[stage], resolve=False)
+        assert isinstance(raw, dict)
+
+        def place(found: re.Match[str]) -> str:
+            taken = re.fullmatch(r"\$\{([\w.]+)\}", str(raw.get(found[1])))
+            return taken[1] if taken else f"stages.{stage}.{found[1]}"
+
+        return re.sub(r"stages\.<stage>\.(\w+)", place, message)
 
     def path_of(self, reference: str) -> Path:
         """Return the path that a value of the config stands for, such as `models.student`."""

@@ -12,6 +12,8 @@ from stillhouse.errors import UserError
 from stillhouse.ranges import Count
 from stillhouse.records.block_scores import BlockScores
 
+KEY = "stages.<stage>.choose"
+
 
 def least_distant(scores: BlockScores, *, n: Count) -> Sequence[int]:
     """Choose the run of blocks whose two ends point most nearly the same way: argmin_l d(l, n).
@@ -92,19 +94,19 @@ def given(scores: BlockScores, *, blocks: list[int]) -> Sequence[int]:
     chosen = list(blocks)
     if not chosen or not all(type(block) is int for block in chosen):
         raise UserError(
-            f"pruning.blocks={chosen}: expected one number or more of blocks, counted from 0"
+            f"{KEY}.blocks={chosen}: expected one number or more of blocks, counted from 0"
         )
     wrong = [block for block in chosen if not 0 <= block < scores.blocks]
     if wrong:
         raise UserError(
-            f"pruning.blocks={chosen}: there is no block {wrong[0]}; the model has the blocks 0 to "
+            f"{KEY}.blocks={chosen}: there is no block {wrong[0]}; the model has the blocks 0 to "
             f"{scores.blocks - 1}"
         )
     if len(set(chosen)) < len(chosen):
-        raise UserError(f"pruning.blocks={chosen}: a block stands twice; expected each once")
+        raise UserError(f"{KEY}.blocks={chosen}: a block stands twice; expected each once")
     if len(chosen) == scores.blocks:
         raise UserError(
-            f"pruning.blocks={chosen}: these are all blocks of the model; leave one out at least"
+            f"{KEY}.blocks={chosen}: these are all blocks of the model; leave one out at least"
         )
     return sorted(chosen)
 
@@ -112,11 +114,11 @@ def given(scores: BlockScores, *, blocks: list[int]) -> Sequence[int]:
 def _check_number(n: Count, scores: BlockScores) -> None:
     if scores.blocks < 2:
         raise UserError(
-            f"pruning.n={n}: the model has one block, and one must stay; take a deeper one"
+            f"{KEY}.n={n}: the model has one block, and one must stay; take a deeper one"
         )
     if type(n) is not int or not 1 <= n < scores.blocks:
         raise UserError(
-            f"pruning.n={n}: expected a number of blocks from 1 to {scores.blocks - 1}, for the "
+            f"{KEY}.n={n}: expected a number of blocks from 1 to {scores.blocks - 1}, for the "
             f"model has {scores.blocks} and one must stay"
         )
 

@@ -3,7 +3,8 @@
 What can be read of a model, by the `model_type` of its config:
 
     type                                              hidden states   attention
-    bert, roberta, xlm-roberta, camembert, electra    yes             yes
+    bert, ernie, roberta, xlm-roberta, camembert,     yes             yes
+    electra
     distilbert                                        yes             yes; it knows no token types
     deberta, deberta-v2                               yes             refused
 
@@ -42,6 +43,7 @@ class Layout:
 
 LAYOUTS = {
     "bert": Layout(),
+    "ernie": Layout(),
     "roberta": Layout(),
     "xlm-roberta": Layout(),
     "camembert": Layout(),

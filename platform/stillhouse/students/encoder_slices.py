@@ -23,7 +23,7 @@ from stillhouse.students.kept_blocks import chosen_blocks
 
 Choice = Callable[[Tensor, int], Tensor]
 
-SLICED = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+SLICED = ("bert", "ernie", "roberta", "xlm-roberta", "camembert", "distilbert")
 # The axes of a weight, by the first pattern that its name holds: D the hidden width, F that of the
 # feed-forward network, Q the units of queries and keys, V those of values; "-" stays whole.
 AXES = (

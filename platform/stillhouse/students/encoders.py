@@ -197,7 +197,7 @@ def read_encoder(
         hidden_layers: whose hidden states are kept: 0 the embeddings as block 1 gets them, i what
             block i hands on.
         attention_layers: of which blocks, from 1, queries, keys and values are kept. Whatever
-            computes the attention, it is softmax(`AttentionTap.scores`) over the keys that are no
+            computes the attention, it is softmax(Q K^T / sqrt(E)) over the keys that are no
             padding, before dropout.
 
     Raises:

@@ -4,12 +4,13 @@ A layer map is called with (student_layers, teacher_layers), the numbers of bloc
 student's layer -> teacher's layer. Layer i is what block i hands on; 0 is the embeddings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count
 
 KEY = "stages.<stage>.family.layer_map"
+LayerMap = Callable[[int, int], Mapping[int, int]]
 
 
 def uniform(
@@ -74,8 +75,9 @@ def given(
         UserError: for no pair, a layer that is not there or is the student's twice, or embeddings
             matched with a block.
     """
-    where = f"{KEY}.layers={[list(pair) for pair in layers]}"
-    if not layers or any(len(pair) != 2 for pair in layers):
+    said = [list(p) if isinstance(p, Sequence) and not isinstance(p, str) else p for p in layers]
+    where = f"{KEY}.layers={said}"
+    if not said or not all(map(_is_pair, said)):
         raise UserError(
             f"{where}: expected pairs of a layer of the student and one of the teacher, say "
             "[[1, 3], [2, 6]]"
@@ -93,6 +95,10 @@ def given(
     if len(dict(pairs)) < len(pairs):
         raise UserError(f"{where}: expected each layer of the student once")
     return dict(pairs)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and [type(layer) for layer in value] == [int, int]
 
 
 def _check_depth(student_layers: int, teacher_layers: int) -> None:

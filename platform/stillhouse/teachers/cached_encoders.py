@@ -62,7 +62,7 @@ class CachedEncoder(nn.Module):
             if missing := sorted(set(asked) - set(there)):
                 raise UserError(
                     f"{KEY}={self.folder}: the signal has the teacher's layers {there}, not "
-                    f"{missing}; give its stage the fit's layer_map and student_path, and "
+                    f"{missing}; give its stage the fit's layer_map and student_layers, and "
                     f"{OR_LIVE}"
                 )
         keys = keys_of(batch)

@@ -29,7 +29,7 @@ from stillhouse.records.encoders import AttentionTap, EncoderBatch, EncoderOutpu
 from stillhouse.teachers.signals import check_shards, model_identity
 
 INDEX = "encoder_signal.json"
-FORMAT = 1
+FORMAT = 2
 ANEW = "make it anew with force=<its stage>"
 Rows = dict[str, Tensor]
 Key = bytes
@@ -55,7 +55,6 @@ class EncoderIndex:
 
     Attributes:
         source: of what it was made.
-        teacher_path: where the teacher lay, for people.
         hidden_layers, attention_layers: the teacher's, whose states and taps are kept.
         width: D, of a hidden state and of a token's queries, keys or values together.
         heads: H.
@@ -63,7 +62,6 @@ class EncoderIndex:
     """
 
     source: Source
-    teacher_path: str
     hidden_layers: list[int]
     attention_layers: list[int]
     width: int

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,12 +68,29 @@ class Index:
 
 
 def model_identity(path: str) -> str:
-    """Hash a model folder's weights and shape; of a hub id, the id itself."""
+    """Hash a model folder's weights and shape; of a hub id, the id and, if known, the commit."""
     folder = Path(path)
     if not folder.is_dir():
-        return f"hub:{path}"
+        revision = hub_revision(path)
+        return f"hub:{path}" if revision is None else f"hub:{path}@{revision}"
     kept = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
     return hash_json({p.name: sha256_of(p) for p in sorted(kept) if p.is_file()})
+
+
+def hub_revision(id: str) -> str | None:
+    """Return the commit of a model of the hub that lies on this machine; None where none does."""
+    try:
+        config = try_to_load_from_cache(id, "config.json")
+    except HFValidationError:  # a folder that is not there is no id
+        return None
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def model_provenance(path: str) -> dict[str, str | None]:
+    """Say which model something was made with: its folder's hash, or its commit on the hub."""
+    if Path(path).is_dir():
+        return {"model": path, "model_sha256": model_identity(path)}
+    return {"model": path, "model_revision": hub_revision(path)}
 
 
 def source_of(path: str, data: LanguageData, codec: Codec) -> Source:

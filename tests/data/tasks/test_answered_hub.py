@@ -121,8 +121,9 @@ def test_settings_that_cannot_be(changes, message):
         ),
         (
             {"question": "1?", "answer": "#### $$"},
-            "'expected' is '$$', which math-verify does not read; expected a "
-            "mathematical expression, such as 42 or \\frac{1}{2}; drop the key for an open answer",
+            "what 'answer' says behind its last '####' or 'Answer:' is '$$', which math-verify "
+            "does not read; expected a mathematical expression, such as 42 or \\frac{1}{2}; set "
+            "data.corpus.exercises.checked=false for an open answer",
         ),
     ],
 )

@@ -326,5 +326,6 @@ def test_what_the_teacher_does_not_say_is_refused(method: Callable[..., Any]) ->
     unmatched = replace(TEACHER, attention={})
     assert refusal(asks, STUDENT, unmatched, BATCH) == (
         "stages.<stage>.family.layer_map: no block of the student is matched with one of the "
-        "teacher, which L_lat compares; expected a map such as layer_map=uniform"
+        "teacher, which L_lat compares; expected a map of some, such as "
+        "layer_map@stages.<stage>.family.layer_map=uniform"
     )

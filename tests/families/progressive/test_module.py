@@ -13,8 +13,10 @@ from training import bare_trainer, plain_sgd
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from stillhouse.data.encoders import EncoderData
+from stillhouse.data.labelled.task import Task
 from stillhouse.data.language import KeptBatches
 from stillhouse.errors import TrainingDiverged, UserError
+from stillhouse.evaluation.classification import scores
 from stillhouse.families.optimizers import adamw
 from stillhouse.families.progressive.ernie_tiny import ernie_tiny, latent, relation, tinybert
 from stillhouse.families.progressive.finetune import finetune
@@ -141,6 +143,29 @@ def test_validation_is_the_mean_over_all_texts_and_the_main_score(fit) -> None:
     assert metrics["val_loss"].item() == pytest.approx(mean, rel=1e-6)
     right = (said == LABELS).double().mean().item()
     assert metrics["val_accuracy"].item() == pytest.approx(right)
+    assert metrics["val_score"] == metrics["val_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "name"),
+    [
+        (Task("regression", ("score",)), torch.tensor([0.5, -1.0, 2.0, 0.0]), "pearson"),
+        (
+            Task("multi_label", ("a", "b")),
+            torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]),
+            "f1",
+        ),
+    ],
+)
+def test_a_task_of_any_kind_has_a_score(fit, task: Task, labels: Tensor, name: str) -> None:
+    student = make("bert", task, seed=1)
+    batch = BATCH._replace(labels=labels)
+    distiller = ProgressiveDistiller(student, None, finetune, plain_sgd)
+    found = fit(distiller, [batch], [batch], val_check_interval=1).callback_metrics
+    with torch.no_grad():
+        expected = scores(logits_of(student), labels)[name]
+    assert {n for n in found if n.startswith("val_")} == {"val_loss", "val_score", f"val_{name}"}
+    assert found["val_score"].item() == found[f"val_{name}"].item() == pytest.approx(expected)
 
 
 def test_text_without_labels_has_no_score(fit) -> None:

@@ -18,6 +18,8 @@ REASONS = (TOO_LONG, LIMIT, NOT_TEXT, EMPTY, PHRASE, START, WRONG)
 
 # What a decoder writes for bytes that are no character.
 BROKEN = "\ufffd"
+# The apostrophe of typesetting, which chat models write.
+APOSTROPHE = "\u2019"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def reason_against(
         written: the answer.
         exercise: what it answers.
         forbidden: phrases that speak of the reference or of the task, in any case.
-        forbidden_start: how the text may not begin, in any case; empty forbids nothing.
+        forbidden_start: how neither the text nor what the model wrote of it may begin, in any
+            case; empty forbids nothing.
     """
     if not written.ended:
         return LIMIT
@@ -59,11 +62,17 @@ def reason_against(
         return NOT_TEXT
     if not written.continuation.strip():
         return EMPTY
-    text = written.text.casefold()
-    if any(phrase.casefold() in text for phrase in forbidden):
+    text, own = _plain(written.text), _plain(written.continuation)
+    if any(_plain(phrase) in text for phrase in forbidden):
         return PHRASE
-    if forbidden_start and text.lstrip().startswith(forbidden_start.casefold()):
+    # Behind an opening no text begins with anything else.
+    if forbidden_start and any(t.lstrip().startswith(_plain(forbidden_start)) for t in (text, own)):
         return START
     if exercise.check is not None and not exercise.check(written.text):
         return WRONG
     return None
+
+
+def _plain(text: str) -> str:
+    """Return a text as phrases are looked for in it: in no case, with the keyboard's apostrophe."""
+    return text.casefold().replace(APOSTROPHE, "'")

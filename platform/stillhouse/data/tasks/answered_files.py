@@ -81,7 +81,8 @@ def _exercise(record: object, place: str, task: str) -> Exercise:
     check = None
     if "expected" in present:
         expected = filled(present["expected"], "'expected'", place)
-        check = partial(is_equal, gold=parsed(expected, place))
+        gold = parsed(expected, "'expected'", place, open_ended="drop the key")
+        check = partial(is_equal, gold=gold)
         if not check(answer):
             raise UserError(
                 f"{place}: 'answer' does not come to 'expected', {expected}; expected it behind "
@@ -97,8 +98,14 @@ def _exercise(record: object, place: str, task: str) -> Exercise:
     )
 
 
-def parsed(expected: str, place: str) -> list[Any]:
+def parsed(expected: str, name: str, place: str, *, open_ended: str) -> list[Any]:
     """Read an expression, in LaTeX or plain, as `is_equal` takes it.
+
+    Args:
+        expected: the expression.
+        name: of what says it, for messages.
+        place: of its record, for messages.
+        open_ended: what to do for an answer that is not checked, for messages.
 
     Raises:
         UserError: without math-verify, and for what it does not read.
@@ -107,15 +114,16 @@ def parsed(expected: str, place: str) -> list[Any]:
         from math_verify import parse
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{place}: 'expected' is checked with the package math-verify, which is not installed; "
+            f"{place}: {name} is checked with the package math-verify, which is not installed; "
             "install it with: pip install 'stillhouse[tasks]'"
         ) from error
     # Of 42 dollars the unit is a word, and no product of seven letters.
     gold = (parse(expected) if WORD.search(expected) else []) or parse(_as_latex(expected))
     if not gold:
         raise UserError(
-            f"{place}: 'expected' is {expected!r}, which math-verify does not read; expected a "
-            "mathematical expression, such as 42 or \\frac{1}{2}; drop the key for an open answer"
+            f"{place}: {name} is {expected!r}, which math-verify does not read; expected a "
+            "mathematical expression, such as 42 or \\frac{1}{2}; "
+            f"{open_ended} for an open answer"
         )
     return gold
 

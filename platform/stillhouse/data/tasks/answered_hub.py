@@ -102,7 +102,11 @@ def _exercise(
     if about:
         question.append(string(about, repr(columns["input"]), place))
     worked = filled(answer, repr(columns["answer"]), place)
-    gold = parsed(said_answer(worked), place) if checked else None
+    gold = None
+    if checked:
+        said = f"what {columns['answer']!r} says behind its last '####' or 'Answer:'"
+        way_out = f"set {KEY}.checked=false"
+        gold = parsed(said_answer(worked), said, place, open_ended=way_out)
     return Exercise(
         task=task,
         instruction="\n\n".join(question),

@@ -34,7 +34,16 @@ def check_prompt(prompt: str, *, key: str) -> None:
         )
 
 
-def asked_to_rewrite(exercise: Exercise, prompt: str) -> Exercise:
-    """Return an exercise whose instruction is the template, filled with the exercise's texts."""
+def asked_to_rewrite(exercise: Exercise, prompt: str, system: str | None = None) -> Exercise:
+    """Return an exercise whose instruction is the template, filled with the exercise's texts.
+
+    Args:
+        exercise: with its label.
+        prompt: the template.
+        system: what the system says, before the exercise's own context; None adds nothing.
+    """
     instruction = prompt.format(instruction=exercise.instruction, reference=exercise.answer)
-    return replace(exercise, instruction=instruction)
+    context = exercise.context
+    if system is not None:
+        context = system if context is None else f"{system}\n\n{context}"
+    return replace(exercise, instruction=instruction, context=context)

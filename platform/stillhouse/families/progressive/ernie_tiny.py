@@ -74,7 +74,8 @@ def latent(
     if not said.attention:
         raise UserError(
             "stages.<stage>.family.layer_map: no block of the student is matched with one of the "
-            "teacher, which L_lat compares; expected a map such as layer_map=uniform"
+            "teacher, which L_lat compares; expected a map of some, such as "
+            "layer_map@stages.<stage>.family.layer_map=uniform"
         )
     terms = latent_loss(student, said, batch.attention_mask)
     return LossTerms(

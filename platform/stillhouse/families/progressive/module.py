@@ -18,8 +18,8 @@ from stillhouse.families.window_means import WindowMeans
 from stillhouse.records.encoders import EncoderBatch, EncoderOutput
 from stillhouse.records.losses import LossTerms
 from stillhouse.students.encoders import read_encoder
+from stillhouse.students.layer_maps import LayerMap
 
-LayerMap = Callable[[int, int], Mapping[int, int]]
 ProgressiveMethod = Callable[[EncoderOutput, EncoderOutput | None, EncoderBatch], LossTerms]
 
 
@@ -102,7 +102,10 @@ class ProgressiveDistiller(Distiller):
             self._predictions.append((output.logits[texts].cpu(), batch.labels[texts].cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_loss`, the mean over all texts, and the main score of labelled ones."""
+        """Log `val_loss`, the mean over all texts, and the main score of labelled ones.
+
+        The score has its own name, such as `val_accuracy`, and `val_score`, whatever the task.
+        """
         found = self._of_every_rank((self._validation, self._predictions))
         self._validation, self._predictions = [], []
         losses = [pair for of_rank, _ in found for pair in of_rank]
@@ -112,7 +115,7 @@ class ProgressiveDistiller(Distiller):
         if predictions:
             logits, labels = (torch.cat(column) for column in zip(*predictions, strict=True))
             name, score = main_score(logits, labels)
-            self.log(f"val_{name}", score)
+            self.log_dict({f"val_{name}": score, "val_score": score})
 
     def _student_output(self, batch: EncoderBatch) -> EncoderOutput:
         blocks = [layer for layer in self.layers if layer]
