@@ -37,6 +37,7 @@ def world(here: Path, tiny_llama) -> Path:
     return here
 
 
+@pytest.mark.slow
 def test_all_stages_run(capfd, world: Path) -> None:
     done = run_here(capfd, *RECIPE)
     assert done.code == 0, done.err
