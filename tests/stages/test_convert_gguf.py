@@ -323,7 +323,7 @@ def test_the_example_nodes_run_under_the_tiny_overlay(tmp_path: Path) -> None:
     nodes = {n: OmegaConf.load(ROOT / f"conf/stage/{n}.yaml") for n in ("fetch", "convert_gguf")}
     nodes["convert_gguf"].package_path = str(tmp_path / "fetch")
     tiny = OmegaConf.load(ROOT / "conf/debug/tiny.yaml")
-    config = OmegaConf.create({"stages": nodes, "debug": tiny, "tracking": {}})
+    config = OmegaConf.create({"leave_out": [], "stages": nodes, "debug": tiny, "tracking": {}})
     overlay.apply(config, set())
     for path, node in signatures.nodes_with_targets(config, list(nodes)):
         signatures.check_node(path, node)
