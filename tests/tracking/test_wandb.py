@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def offline_runs(folder: Path) -> dict[str, list[Any]]:
     found = {}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         read = list(records(path))
+        # Under load the last of a short run reaches the file a moment behind its end.
+        for _ in range(100):
+            if of_kind(read, "exit"):
+                break
+            time.sleep(0.1)
+            read = list(records(path))
         (run,) = (r.run for r in read if r.WhichOneof("record_type") == "run")
         found[run.job_type] = read
     return found
