@@ -6,6 +6,10 @@ The package knows nothing of `stillhouse`. Each operation is a folder with its t
 """
 
 from stillhouse_kernels.dispatch import Backend, BackendError
+from stillhouse_kernels.linear_attention import (
+    relu_linear_attention,
+    relu_linear_attention_jvp,
+)
 from stillhouse_kernels.modulated_norm import modulated_layer_norm, modulated_layer_norm_jvp
 from stillhouse_kernels.shared_attention import (
     SharedAttention,
@@ -27,4 +31,6 @@ __all__ = [
     "linear_divergence",
     "modulated_layer_norm",
     "modulated_layer_norm_jvp",
+    "relu_linear_attention",
+    "relu_linear_attention_jvp",
 ]

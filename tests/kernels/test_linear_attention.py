@@ -529,7 +529,8 @@ def test_a_backend_that_is_unknown_or_cannot_run_is_refused() -> None:
     }
     pytest.importorskip("triton")
     assert set(refusal(*three, backend="triton")) == {
-        "backend='triton': linear attention has no kernel yet; backend='streaming' takes it"
+        "backend='triton': the dtype of q is float64, the kernel takes float32, float16, bfloat16; "
+        "backend='streaming' takes it"
     }
 
 

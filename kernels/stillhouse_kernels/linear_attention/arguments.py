@@ -38,6 +38,17 @@ def check_tangents(
             )
 
 
-def backend_for(backend: str, q: Tensor) -> str:
-    """Return `reference` or `streaming`; there is no Triton kernel of this operation yet."""
-    return choose_backend(backend, q.device, triton_refuses="linear attention has no kernel yet")
+def backend_for(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Return `reference`, `streaming` or `triton`, as `choose_backend` does."""
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        return choose_backend(backend, q.device, triton_refuses=_refusal(q, k, v))
+    return choose_backend(backend, q.device)
+
+
+def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these; None also where triton is missing."""
+    try:
+        from stillhouse_kernels.linear_attention.launch import refusal
+    except ModuleNotFoundError:
+        return None
+    return refusal(q, k, v)

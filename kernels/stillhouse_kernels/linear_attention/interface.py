@@ -38,7 +38,7 @@ def relu_linear_attention(
     q, k, v = (attention_inputs.autocast(t) for t in (q, k, v))
     attention_inputs.check(name, q, k, v, None, False)
     arguments.check_eps(name, eps)
-    chosen = arguments.backend_for(backend, q)
+    chosen = arguments.backend_for(backend, q, k, v)
     if chosen == "reference":
         with attention_inputs.autocast_off(q):
             return reference.attention(q, k, v, eps)
@@ -78,7 +78,7 @@ def relu_linear_attention_jvp(
     attention_inputs.check(name, q, k, v, None, False)
     arguments.check_tangents(name, primals, tangents)
     arguments.check_eps(name, eps)
-    chosen = arguments.backend_for(backend, q)
+    chosen = arguments.backend_for(backend, q, k, v)
     if chosen == "reference":
         with attention_inputs.autocast_off(q):
             return reference.jvp(q, k, v, *tangents, eps=eps)

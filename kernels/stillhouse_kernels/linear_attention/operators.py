@@ -1,9 +1,11 @@
 """The fast paths as torch operators, opaque to torch.compile, with the gradients of the primal.
 
-The tangent comes out attached to a node that raises: a loss that forgets to detach it
+Each takes the name of the path that runs, `streaming` or `triton`, which is imported when it is
+first needed. The tangent comes out attached to a node that raises: a loss that forgets to detach it
 is told so, and not given half a gradient.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +28,15 @@ _IN_DUAL_LEVEL = (
 )
 
 
+def path(backend: str) -> ModuleType:
+    """Return the module that implements `streaming` or `triton`."""
+    if backend == "triton":
+        from stillhouse_kernels.linear_attention import launch
+
+        return launch
+    return streaming
+
+
 @torch.library.custom_op("stillhouse_kernels::relu_linear_attention_forward", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """Return O [B, h, N, e] and the sums over the keys, [V 1]ᵀ K [B, g, e + 1, d].
@@ -35,10 +46,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, eps: float, backend: str) -> tuple[
         k: [B, g, M, d].
         v: [B, g, M, e].
         eps: added to the denominator.
-        backend: `streaming`.
+        backend: `streaming` or `triton`.
     """
     with autocast_off(q):
-        return streaming.forward(q, k, v, eps)
+        return path(backend).forward(q, k, v, eps)
 
 
 @forward.register_fake
@@ -59,7 +70,7 @@ def jvp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return O, its tangent and the sums; arguments as in `forward`, tangents as their primals."""
     with autocast_off(q):
-        return streaming.jvp(q, k, v, q_t, k_t, v_t, eps)
+        return path(backend).jvp(q, k, v, q_t, k_t, v_t, eps)
 
 
 @jvp.register_fake
@@ -82,7 +93,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of the primal, for its sums and grad_out [B, h, N, e]."""
     with autocast_off(q):
-        return streaming.backward(q, k, v, sums, grad_out, eps)
+        return path(backend).backward(q, k, v, sums, grad_out, eps)
 
 
 @backward.register_fake
