@@ -1,7 +1,7 @@
 """The kernels against what they replace: interleaved ratios and peak memory.
 
-    python benchmarks/kernels.py [followers] [group] [loss] [peers] [tangent] [consistency]
-                                 [attention_sweep] [chunk_sweep]
+    python benchmarks/kernels.py [followers] [group] [loss] [peers] [tangent] [beside]
+                                 [consistency] [attention_sweep] [chunk_sweep]
                                  [turns=5] [threads=2] [dtype=float32] [divergence=forward_kl]
 
 Without a name, the first four run. Both sides of a row take turns in one process on inputs of the
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from rows import DEVICE, Row, Settings
-from tangents import consistency, tangent
+from tangents import beside, consistency, tangent
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -302,6 +302,8 @@ def main(arguments: list[str]) -> None:
         expected = ", ".join([*PARTS, *(f"{name}=" for name in known)])
         sys.exit(f"error: {unknown[0]}: expected some of {expected}")
     settings = Settings(**{name: known[name](value) for name, value in given.items()})
+    if settings.turns < 2:
+        sys.exit(f"error: turns={settings.turns}: expected at least 2, for the quartiles")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     flops_per_s, bytes_per_s = rates(settings)
@@ -322,7 +324,7 @@ PARTS = {
     part.__name__: part
     for part in (
         *(followers, group, loss, peers),
-        *(tangent, consistency, attention_sweep, chunk_sweep),
+        *(tangent, beside, consistency, attention_sweep, chunk_sweep),
     )
 }
 

@@ -7,11 +7,23 @@ from typing import Any
 
 import torch
 from rows import DEVICE, Row, Settings
-from small_dit import SmallDiT, math_attention, one_pass_step, trajectory, two_pass_step
+from small_dit import (
+    SmallDiT,
+    math_attention,
+    one_pass_step,
+    plain_norm,
+    trajectory,
+    two_pass_step,
+)
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from stillhouse_kernels import attention, attention_jvp
+from stillhouse_kernels import (
+    attention,
+    attention_jvp,
+    modulated_layer_norm_jvp,
+    relu_linear_attention_jvp,
+)
 
 
 def tangent(settings: Settings) -> Iterator[Row]:
@@ -56,6 +68,38 @@ def tangent_peers(six: Sequence[Tensor], causal: bool) -> dict[str, Callable[[],
         torch.func.jvp(partial(peer, causal=causal), tuple(six[:3]), tuple(six[3:]))
 
     return {"jvp_flash_attention": run}
+
+
+def beside(settings: Settings) -> Iterator[Row]:
+    """What stands beside attention, and its tangent, against torch.func.jvp of the formula."""
+    x, x_t = (settings.tensor(4, 1024, 384, learnt=False) for _ in range(2))
+    rows = [settings.tensor(4, 384, learnt=False) for _ in range(4)]
+    yield Row(
+        "modulated_layer_norm_jvp, [4, 1024, 384]",
+        "torch.func.jvp",
+        partial(modulated_layer_norm_jvp, x, *rows[:2], x_t, *rows[2:]),
+        partial(torch.func.jvp, plain_norm, (x, *rows[:2]), (x_t, *rows[2:])),
+        flops=0.0,
+        moved=4 * x.numel() * x.element_size(),
+    )
+    for h, N, d in ((36, 1024, 32), (8, 4096, 64)):
+        six = [settings.tensor(1, h, N, d, learnt=False) for _ in range(6)]
+        yield Row(
+            f"relu_linear_attention_jvp, [1, {h}, {N}, {d}]",
+            "torch.func.jvp",
+            partial(relu_linear_attention_jvp, *six),
+            partial(torch.func.jvp, plain_linear_attention, tuple(six[:3]), tuple(six[3:])),
+            flops=12.0 * h * N * d * d,
+            moved=8 * six[0].numel() * six[0].element_size(),
+        )
+
+
+def plain_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sana's attention as diffusers writes it."""
+    q, k = q.relu(), k.relu()
+    sums = k.mT @ pad(v, (0, 1), value=1.0)
+    out = q @ sums
+    return out[..., :-1] / (out[..., -1:] + 1e-15)
 
 
 def consistency(settings: Settings) -> Iterator[Row]:

@@ -1,0 +1,1 @@
+"""What generative models of noise share: paths, time samplers, guidance, solvers, tangents."""
