@@ -336,7 +336,7 @@ def test_refusal_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(dtype=torch.float64) == (
         "the dtype of q is float64, the kernel takes float32, float16, bfloat16"
     )
-    monkeypatch.setattr(launch, "_capability", lambda _: 75)
+    monkeypatch.setattr(launch, "compute_capability", lambda _: 75)
     assert refused() == "cpu has compute capability 7.5, the kernel needs 8.0"
 
 

@@ -244,7 +244,7 @@ def test_refusal_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.refusal(torch.zeros(1, 1, 8, dtype=torch.float64)) == (
         "the dtype of x is float64, the kernel takes float32, float16, bfloat16"
     )
-    monkeypatch.setattr(launch, "_capability", lambda _: 75)
+    monkeypatch.setattr(launch, "compute_capability", lambda _: 75)
     assert launch.refusal(torch.zeros(1, 1, 8)) == (
         "cpu has compute capability 7.5, the kernel needs 8.0"
     )

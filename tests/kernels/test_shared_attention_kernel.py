@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from stillhouse_kernels import launching
 from stillhouse_kernels.shared_attention import kernel, launch
 
 VALUES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -163,9 +164,9 @@ def random_mask(*shape: int) -> Tensor:
 def test_an_expanded_mask_is_not_filled_in(
     keys: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "has_wide_mask", lambda *_: wide)
+    monkeypatch.setattr(launching, "has_wide_mask", lambda *_: wide)
     q, mask = torch.zeros(2, 4, 1000, 16, device=DEVICE), random_mask(2, 1, 1, keys)
-    given = launch._mask_arguments(q, mask.expand(2, 4, 1000, keys))
+    given = launching.mask_arguments(q, mask.expand(2, 4, 1000, keys))
     found = given["mask_ptr"]
     held = found.untyped_storage().nbytes()
     assert held <= 2 * 1008 * (4 if wide else 1)
@@ -282,7 +283,7 @@ def test_refusal_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(dtype=torch.float64) == (
         "the dtype of q is float64, the kernel takes float32, float16, bfloat16"
     )
-    monkeypatch.setattr(launch, "_capability", lambda _: 75)
+    monkeypatch.setattr(launch, "compute_capability", lambda _: 75)
     assert refused() == "cpu has compute capability 7.5, the kernel needs 8.0"
 
 

@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 
 from stillhouse_kernels.compilation import Compilation
-from stillhouse_kernels.shared_attention.kernel import _load_tile, _store_tile
+from stillhouse_kernels.tiles import load_tile, store_tile
 
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = 80
@@ -66,7 +66,7 @@ def _positive(condition, tile):
 @triton.jit
 def _load_sums(pointer, row, rows, head_dim, HEAD_DIM: tl.constexpr):
     """Rows of Sᵀ or Dᵀ, and the row below it."""
-    s_ED = _load_tile(pointer, row, head_dim, rows, head_dim, HEAD_DIM, False)
+    s_ED = load_tile(pointer, row, head_dim, rows, head_dim, HEAD_DIM, False)
     column = tl.arange(0, HEAD_DIM)
     z_D = tl.load(pointer + rows * head_dim + column, mask=column < head_dim, other=0.0)
     return s_ED, z_D
@@ -75,7 +75,7 @@ def _load_sums(pointer, row, rows, head_dim, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _store_sums(pointer, s_ED, z_D, row, rows, head_dim, HEAD_DIM: tl.constexpr):
     """Rows of Sᵀ or Dᵀ, and the row below it."""
-    _store_tile(pointer, s_ED, row, rows, head_dim, HEAD_DIM)
+    store_tile(pointer, s_ED, row, rows, head_dim, HEAD_DIM)
     column = tl.arange(0, HEAD_DIM)
     tl.store(pointer + rows * head_dim + column, z_D, mask=column < head_dim)
 
@@ -165,11 +165,11 @@ def sum_keys(
     z_t_ND = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     for first in range(start, tl.minimum(start + chunk, rows), BLOCK):
         key = first + tl.arange(0, BLOCK)
-        k_ND = _load_tile(k_ptr, key, k_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
-        v_NE = _load_tile(v_ptr, key, v_row_stride, rows, columns, BLOCK_E, UPCAST)
+        k_ND = load_tile(k_ptr, key, k_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
+        v_NE = load_tile(v_ptr, key, v_row_stride, rows, columns, BLOCK_E, UPCAST)
         if HAS_TANGENT:
-            k_t_ND = _load_tile(k_t_ptr, key, k_t_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
-            v_t_NE = _load_tile(v_t_ptr, key, v_t_row_stride, rows, columns, BLOCK_E, UPCAST)
+            k_t_ND = load_tile(k_t_ptr, key, k_t_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
+            v_t_NE = load_tile(v_t_ptr, key, v_t_row_stride, rows, columns, BLOCK_E, UPCAST)
             k_t_ND = _positive(k_ND, k_t_ND)
             s_t_ED = tl.dot(tl.trans(v_NE), k_t_ND, s_t_ED, input_precision="ieee")
             z_t_ND += k_t_ND.to(tl.float32)
@@ -246,11 +246,11 @@ def apply_queries(
 
     for first in range(start, tl.minimum(start + chunk, rows), BLOCK):
         query = first + tl.arange(0, BLOCK)
-        q_MD = _load_tile(q_ptr, query, q_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
+        q_MD = load_tile(q_ptr, query, q_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
         total_t_M = tl.zeros([BLOCK], tl.float32)
         out_t_ME = tl.zeros([BLOCK, BLOCK_E], tl.float32)
         if HAS_QUERY_TANGENT:
-            q_t_MD = _load_tile(q_t_ptr, query, q_t_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
+            q_t_MD = load_tile(q_t_ptr, query, q_t_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
             q_t_MD = _positive(q_MD, q_t_MD)
             total_t_M += tl.sum(q_t_MD.to(tl.float32) * z_D[None, :], 1)
             out_t_ME += _rows_product(q_t_MD, s_ED) * scale
@@ -319,8 +319,8 @@ def query_gradients(
     grad_z_D = tl.zeros([HEAD_DIM], tl.float32)
     for first in range(start, tl.minimum(start + chunk, rows), BLOCK):
         query = first + tl.arange(0, BLOCK)
-        q_MD = _load_tile(q_ptr, query, q_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
-        grad_ME = _load_tile(
+        q_MD = load_tile(q_ptr, query, q_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
+        grad_ME = load_tile(
             grad_out_ptr, query, grad_out_row_stride, rows, value_dim, HEAD_DIM, UPCAST
         )
         q_DM = tl.trans(_relu(q_MD)).to(tl.float32)
@@ -330,7 +330,7 @@ def query_gradients(
         delta_M = (tl.sum(q_DM * grad_q_DM, 0) - eps * delta_M) * inverse_M
         grad_q_DM = (grad_q_DM - delta_M[None, :] * z_D[:, None]) * inverse_M[None, :]
         grad_q_MD = tl.trans(_positive(q_DM, grad_q_DM))
-        _store_tile(grad_q_ptr, grad_q_MD, query, rows, head_dim, HEAD_DIM)
+        store_tile(grad_q_ptr, grad_q_MD, query, rows, head_dim, HEAD_DIM)
         p_DM = q_DM * z_D[:, None] * inverse_M[None, :]
         grad_z_D += tl.sum(p_DM * delta_M[None, :], 1)
         grad_s_DE = tl.dot(p_DM.to(operand), grad_ME, grad_s_DE, input_precision="ieee")
@@ -387,14 +387,14 @@ def key_gradients(
     inverse_D = tl.where(z_D > 0, 1.0 / tl.where(z_D > 0, z_D, 1.0), 0.0)
     for first in range(start, tl.minimum(start + chunk, rows), BLOCK):
         key = first + tl.arange(0, BLOCK)
-        k_ND = _load_tile(k_ptr, key, k_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
-        v_NE = _load_tile(v_ptr, key, v_row_stride, rows, value_dim, HEAD_DIM, UPCAST)
+        k_ND = load_tile(k_ptr, key, k_row_stride, rows, head_dim, HEAD_DIM, UPCAST)
+        v_NE = load_tile(v_ptr, key, v_row_stride, rows, value_dim, HEAD_DIM, UPCAST)
         grad_k_ND = tl.dot(v_NE, grad_s_ED, input_precision="ieee") * scale
         grad_k_ND = (grad_k_ND - shift_D[None, :]) * inverse_D[None, :]
-        _store_tile(grad_k_ptr, _positive(k_ND, grad_k_ND), key, rows, head_dim, HEAD_DIM)
+        store_tile(grad_k_ptr, _positive(k_ND, grad_k_ND), key, rows, head_dim, HEAD_DIM)
         share_ND = _relu(k_ND).to(tl.float32) * inverse_D[None, :] * _GAIN
         grad_v_NE = tl.dot(share_ND.to(operand), tl.trans(grad_s_ED), input_precision="ieee")
-        _store_tile(grad_v_ptr, grad_v_NE * (scale / _GAIN), key, rows, value_dim, HEAD_DIM)
+        store_tile(grad_v_ptr, grad_v_NE * (scale / _GAIN), key, rows, value_dim, HEAD_DIM)
 
 
 _KERNELS = (sum_keys, apply_queries, query_gradients, key_gradients)

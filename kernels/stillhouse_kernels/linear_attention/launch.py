@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse_kernels.dispatch import interpreted
+from stillhouse_kernels.launching import DTYPES, aligned, compute_capability, strides, trimmed
 from stillhouse_kernels.linear_attention import kernel
-from stillhouse_kernels.shared_attention.launch import (
-    _DTYPES,
-    _aligned,
-    _capability,
-    _columns,
-    _strides,
-)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -31,15 +25,15 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         v: values [B, h_kv, M, e].
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"the dtype of {name} is {dtype}, the kernel takes {known}"
     for name, width in (("head", q.shape[-1]), ("value", v.shape[-1])):
         if width > kernel.MAX_HEAD_DIM:
             limit = kernel.MAX_HEAD_DIM
             return f"the {name} dim is {width}, the kernel takes at most {limit}"
-    capability, least = _capability(q), kernel.MIN_CAPABILITY
+    capability, least = compute_capability(q), kernel.MIN_CAPABILITY
     if 0 < capability < least:
         return f"{q.device} has compute capability {capability / 10}, the kernel needs {least / 10}"
     return None
@@ -58,10 +52,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor
         O [B, h, N, e] in q's dtype; [V 1]ᵀ K [B, h_kv, e + 1, d] in float32.
     """
     head_dim, value_dim = q.shape[-1], v.shape[-1]
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     sums, _ = _sum_keys(k, v, None, None)
     out, _ = _apply(q, None, v, sums, None, eps)
-    return _columns(out, value_dim), _narrowed(sums, head_dim, value_dim)
+    return trimmed(out, value_dim), _narrowed(sums, head_dim, value_dim)
 
 
 def jvp(
@@ -81,14 +75,14 @@ def jvp(
             None is 0, and saves products where k_t and v_t both are.
     """
     head_dim, value_dim = q.shape[-1], v.shape[-1]
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     varied = k_t is not None or v_t is not None
     of_keys = (_filled(k, k_t), _filled(v, v_t)) if varied else (None, None)
     sums, sums_t = _sum_keys(k, v, *of_keys)
     out, out_t = _apply(q, q_t, v, sums, sums_t, eps)
     assert out_t is not None
     sums = _narrowed(sums, head_dim, value_dim)
-    return _columns(out, value_dim), _columns(out_t, value_dim), sums
+    return trimmed(out, value_dim), trimmed(out_t, value_dim), sums
 
 
 def backward(
@@ -102,7 +96,7 @@ def backward(
         grad_out: dO [B, h, N, e].
     """
     head_dim, value_dim = q.shape[-1], v.shape[-1]
-    q, k, v, grad_out = (_aligned(t) for t in (q, k, v, grad_out))
+    q, k, v, grad_out = (aligned(t) for t in (q, k, v, grad_out))
     sums, shape = _widened(sums, v, k), (v.shape[-1] + 1, k.shape[-1])
     grad_q, grad_k, grad_v = (_empty(t, *t.shape, dtype=t.dtype) for t in (q, k, v))
 
@@ -118,7 +112,7 @@ def backward(
     arguments = _arguments(plan, k, v.shape[-1], {"k": k, "v": v})
     arguments |= {"sums_ptr": sums, "grad_sums_ptr": grad_sums}
     _run(plan, arguments | {"grad_k_ptr": grad_k, "grad_v_ptr": grad_v})
-    return _columns(grad_q, head_dim), _columns(grad_k, head_dim), _columns(grad_v, value_dim)
+    return trimmed(grad_q, head_dim), trimmed(grad_k, head_dim), trimmed(grad_v, value_dim)
 
 
 def _sum_keys(
@@ -182,7 +176,7 @@ class _Plan(NamedTuple):
 
 def _plan(function: Any, walked: Tensor, v: Tensor) -> _Plan:
     batch, heads, rows, head_dim = walked.shape
-    capability, value_dim = _capability(walked), v.shape[-1]
+    capability, value_dim = compute_capability(walked), v.shape[-1]
     width, bits = max(head_dim, value_dim), 8 * walked.dtype.itemsize
     options = kernel.configuration(function.__name__, capability, width, bits)
     slots, padded, block = batch * heads, options["HEAD_DIM"], options["BLOCK"]
@@ -206,7 +200,7 @@ def _arguments(
         "UPCAST": walked.dtype == torch.bfloat16 and interpreted(),
     }
     for name, tensor in read.items():
-        arguments |= {f"{name}_ptr": tensor, **_strides(name, tensor)}
+        arguments |= {f"{name}_ptr": tensor, **strides(name, tensor)}
     return arguments
 
 
@@ -223,7 +217,7 @@ def _filled(primal: Tensor, tangent: Tensor | None) -> Tensor:
     """The tangent as the kernels read it; where it is None, zeros that take no memory."""
     if tangent is None:
         return primal.new_zeros(primal.shape[-1:]).expand(primal.shape)
-    return _aligned(tangent)
+    return aligned(tangent)
 
 
 def _narrowed(sums: Tensor, head_dim: int, value_dim: int) -> Tensor:

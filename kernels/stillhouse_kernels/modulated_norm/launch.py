@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse_kernels.launching import DTYPES, aligned, compute_capability, trimmed
 from stillhouse_kernels.modulated_norm import kernel
-from stillhouse_kernels.shared_attention.launch import _DTYPES, _aligned, _capability, _columns
 
 
 def refusal(x: Tensor) -> str | None:
     """Return which limit of the kernels x [B, N, D] exceeds, or None."""
-    if x.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         dtype = str(x.dtype).removeprefix("torch.")
         return f"the dtype of x is {dtype}, the kernel takes {known}"
     if x.shape[-1] > kernel.MAX_WIDTH:
         return f"the width is {x.shape[-1]}, the kernel takes at most {kernel.MAX_WIDTH}"
-    capability, least = _capability(x), kernel.MIN_CAPABILITY
+    capability, least = compute_capability(x), kernel.MIN_CAPABILITY
     if 0 < capability < least:
         return f"{x.device} has compute capability {capability / 10}, the kernel needs {least / 10}"
     return None
@@ -69,7 +69,7 @@ def backward(
         grad_y: dy [B, N, D].
     """
     width = x.shape[2]
-    x, scale, grad_y = _aligned(x), _aligned(scale), _aligned(grad_y)
+    x, scale, grad_y = aligned(x), aligned(scale), aligned(grad_y)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = (x.shape[0], _division(x)[1], x.shape[2])
     partial_shift, partial_scale = (
@@ -87,7 +87,7 @@ def backward(
     }
     _run(kernel.norm_backward, x, width, arguments)
     grad_shift, grad_scale = (t.sum(1).to(scale.dtype) for t in (partial_shift, partial_scale))
-    return _columns(grad_x, width), _columns(grad_shift, width), _columns(grad_scale, width)
+    return trimmed(grad_x, width), trimmed(grad_shift, width), trimmed(grad_scale, width)
 
 
 def _forward(
@@ -95,13 +95,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, its tangent (y again where there are none), mean and r."""
     width = primals[0].shape[2]
-    primals = x, *_ = tuple(_aligned(t) for t in primals)
+    primals = x, *_ = tuple(aligned(t) for t in primals)
     # Without tangents nothing of them is read; zeros take the memory of one row.
     moving = primals
     if tangents is not None:
         zeros = x.new_zeros(x.shape[2:])
         pairs = zip(primals, tangents, strict=True)
-        moving = [zeros.expand(p.shape) if t is None else _aligned(t) for p, t in pairs]
+        moving = [zeros.expand(p.shape) if t is None else aligned(t) for p, t in pairs]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y_t = y if tangents is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
@@ -110,7 +110,7 @@ def _forward(
         arguments |= _strided(name, primal) | _strided(f"{name}_t", tangent)
     arguments["HAS_TANGENT"] = tangents is not None
     _run(kernel.norm_forward, x, width, arguments)
-    return _columns(y, width), _columns(y_t, width), mean, rstd
+    return trimmed(y, width), trimmed(y_t, width), mean, rstd
 
 
 def _strided(name: str, t: Tensor) -> dict[str, Any]:

@@ -36,36 +36,16 @@ import triton
 import triton.language as tl
 
 from stillhouse_kernels.compilation import Compilation
+from stillhouse_kernels.tiles import has_wide_mask, hide, load_tile, store_tile
 
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = 80
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
-_LN_2 = tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 # One compiled kernel serves every length: 1 and multiples of 16 are not compiled apart.
 _SIZES = ("layers", "heads", "k_group", "v_group", "queries", "keys", "offset")
-
-
-@triton.jit
-def _load_tile(
-    pointer, row, row_stride, rows, head_dim, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr
-):
-    """Rows of a matrix [rows, head_dim], 0 outside of it."""
-    column = tl.arange(0, HEAD_DIM)
-    inside = (row[:, None] < rows) & (column[None, :] < head_dim)
-    tile = tl.load(pointer + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
-    # The interpreter keeps bfloat16 as integers and multiplies these.
-    return tile.to(tl.float32) if UPCAST else tile
-
-
-@triton.jit
-def _store_tile(pointer, tile, row, rows, head_dim, HEAD_DIM: tl.constexpr):
-    """Rows into a contiguous matrix [rows, head_dim]."""
-    column = tl.arange(0, HEAD_DIM)
-    inside = (row[:, None] < rows) & (column[None, :] < head_dim)
-    address = pointer + row[:, None] * head_dim + column[None, :]
-    tl.store(address, tile.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,23 +53,6 @@ def _load_base2_lse(pointer, query, queries):
     """lse in base 2; +inf for rows that see no key or do not exist, so that exp2(S - lse) is 0."""
     lse = tl.load(pointer + query, mask=query < queries, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
-
-
-@triton.jit
-def _hide(
-    s, query, key, queries, keys, offset, partial, mask_ptr, mask_row_stride, HAS_MASK: tl.constexpr
-):
-    """Scores with -inf where the query may not see the key; query and key broadcast to the tile.
-
-    `partial` says whether the edge of the keys or the diagonal cuts the tile: most need no test.
-    """
-    if partial:
-        s = tl.where(key <= tl.minimum(query + offset, keys - 1), s, float("-inf"))
-    if HAS_MASK:
-        address = mask_ptr + query.to(tl.int64) * mask_row_stride + key
-        allowed = tl.load(address, mask=(query < queries) & (key < keys), other=0)
-        s = tl.where(allowed != 0, s, float("-inf"))
-    return s
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -139,18 +102,18 @@ def leader_forward(
     mask_ptr += batch * mask_batch_stride + head * mask_head_stride
 
     query = first_query + tl.arange(0, BLOCK_M)
-    q_MD = _load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
+    q_MD = load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
     maximum_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     out_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     seen_by_all = tl.minimum(first_query + offset + 1, keys)
     for first_key in range(0, tl.minimum(first_query + BLOCK_M + offset, keys), BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
-        k_ND = _load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
-        v_ND = _load_tile(v_ptr, key, v_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+        k_ND = load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+        v_ND = load_tile(v_ptr, key, v_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale_log2
         partial = first_key + BLOCK_N > seen_by_all
-        s_MN = _hide(
+        s_MN = hide(
             s_MN, query[:, None], key[None, :], queries, keys, offset, partial,
             mask_ptr, mask_row_stride, HAS_MASK,
         )  # fmt: skip
@@ -167,10 +130,10 @@ def leader_forward(
 
     seen_M = sum_M > 0.0
     sum_M = tl.where(seen_M, sum_M, 1.0)
-    lse_M = tl.where(seen_M, (maximum_M + tl.log2(sum_M)) * _LN_2, float("-inf"))
+    lse_M = tl.where(seen_M, (maximum_M + tl.log2(sum_M)) * LN_2, float("-inf"))
     tl.store(lse_ptr + slot * queries + query, lse_M, mask=query < queries)
     out_ptr += slot * queries * head_dim
-    _store_tile(out_ptr, out_MD / sum_M[:, None], query, queries, head_dim, HEAD_DIM)
+    store_tile(out_ptr, out_MD / sum_M[:, None], query, queries, head_dim, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -219,17 +182,17 @@ def follower_forward(
     mask_ptr += batch * mask_batch_stride + head * mask_head_stride
 
     query = first_query + tl.arange(0, BLOCK_M)
-    q_MD = _load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
+    q_MD = load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
     lse_M = _load_base2_lse(lse_ptr + slot * queries, query, queries)
     out_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     seen_by_all = tl.minimum(first_query + offset + 1, keys)
     for first_key in range(0, tl.minimum(first_query + BLOCK_M + offset, keys), BLOCK_N):
         key = first_key + tl.arange(0, BLOCK_N)
-        k_ND = _load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
-        v_ND = _load_tile(v_ptr, key, v_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+        k_ND = load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+        v_ND = load_tile(v_ptr, key, v_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale_log2
         partial = first_key + BLOCK_N > seen_by_all
-        s_MN = _hide(
+        s_MN = hide(
             s_MN, query[:, None], key[None, :], queries, keys, offset, partial,
             mask_ptr, mask_row_stride, HAS_MASK,
         )  # fmt: skip
@@ -237,7 +200,7 @@ def follower_forward(
         out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD, input_precision="ieee")
 
     out_ptr += slot * queries * head_dim
-    _store_tile(out_ptr, out_MD, query, queries, head_dim, HEAD_DIM)
+    store_tile(out_ptr, out_MD, query, queries, head_dim, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -292,20 +255,20 @@ def value_backward(
         q_head = q_ptr + head * q_head_stride
         grad_out_head = grad_out_ptr + head * grad_out_head_stride
         k_head = k_ptr + head // k_group * k_head_stride
-        k_ND = _load_tile(k_head, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+        k_ND = load_tile(k_head, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
         lse_head = lse_ptr + (batch * heads + head) * queries
         for first_query in range(
             tl.maximum(first_key - offset, 0) // BLOCK_M * BLOCK_M, queries, BLOCK_M
         ):
             query = first_query + tl.arange(0, BLOCK_M)
-            q_MD = _load_tile(q_head, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
-            grad_out_MD = _load_tile(
+            q_MD = load_tile(q_head, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
+            grad_out_MD = load_tile(
                 grad_out_head, query, grad_out_row_stride, queries, head_dim, HEAD_DIM, UPCAST
             )
             lse_M = _load_base2_lse(lse_head, query, queries)
             s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee") * scale_log2
             partial = first_key + BLOCK_N > tl.minimum(first_query + offset + 1, keys)
-            s_NM = _hide(
+            s_NM = hide(
                 s_NM, query[None, :], key[:, None], queries, keys, offset, partial,
                 mask_ptr + head * mask_head_stride, mask_row_stride, HAS_MASK,
             )  # fmt: skip
@@ -315,7 +278,7 @@ def value_backward(
             )
 
     grad_v_ptr += slot * keys * head_dim
-    _store_tile(grad_v_ptr, grad_v_ND, key, keys, head_dim, HEAD_DIM)
+    store_tile(grad_v_ptr, grad_v_ND, key, keys, head_dim, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -368,7 +331,7 @@ def score_backward_q(
     mask_ptr += batch * mask_batch_stride + head * mask_head_stride
 
     query = first_query + tl.arange(0, BLOCK_M)
-    q_MD = _load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
+    q_MD = load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
     lse_M = _load_base2_lse(lse_ptr + slot * queries, query, queries)
     delta_M = tl.load(delta_ptr + slot * queries + query, mask=query < queries, other=0.0)
     grad_q_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
@@ -379,17 +342,17 @@ def score_backward_q(
         value_layer = values_ptr
         grad_out_layer = grad_outs_ptr
         for _ in range(0, layers):
-            v_ND = _load_tile(value_layer, key, head_dim, keys, head_dim, HEAD_DIM, UPCAST)
-            grad_out_MD = _load_tile(
+            v_ND = load_tile(value_layer, key, head_dim, keys, head_dim, HEAD_DIM, UPCAST)
+            grad_out_MD = load_tile(
                 grad_out_layer, query, head_dim, queries, head_dim, HEAD_DIM, UPCAST
             )
             grad_p_MN = tl.dot(grad_out_MD, tl.trans(v_ND), grad_p_MN, input_precision="ieee")
             value_layer += values_layer_stride
             grad_out_layer += grad_outs_layer_stride
-        k_ND = _load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+        k_ND = load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale_log2
         partial = first_key + BLOCK_N > seen_by_all
-        s_MN = _hide(
+        s_MN = hide(
             s_MN, query[:, None], key[None, :], queries, keys, offset, partial,
             mask_ptr, mask_row_stride, HAS_MASK,
         )  # fmt: skip
@@ -397,7 +360,7 @@ def score_backward_q(
         grad_q_MD = tl.dot(grad_s_MN.to(k_ND.dtype), k_ND, grad_q_MD, input_precision="ieee")
 
     grad_q_ptr += slot * queries * head_dim
-    _store_tile(grad_q_ptr, grad_q_MD * scale, query, queries, head_dim, HEAD_DIM)
+    store_tile(grad_q_ptr, grad_q_MD * scale, query, queries, head_dim, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -449,7 +412,7 @@ def score_backward_k(
     mask_ptr += batch * mask_batch_stride
 
     key = first_key + tl.arange(0, BLOCK_N)
-    k_ND = _load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+    k_ND = load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
     grad_k_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     for member in range(0, k_group):
         head = slot % k_heads * k_group + member
@@ -462,14 +425,14 @@ def score_backward_k(
             value_layer = values_ptr + head // v_group * keys * head_dim
             grad_out_layer = grad_outs_ptr + row * head_dim
             for _ in range(0, layers):
-                v_ND = _load_tile(value_layer, key, head_dim, keys, head_dim, HEAD_DIM, UPCAST)
-                grad_out_MD = _load_tile(
+                v_ND = load_tile(value_layer, key, head_dim, keys, head_dim, HEAD_DIM, UPCAST)
+                grad_out_MD = load_tile(
                     grad_out_layer, query, head_dim, queries, head_dim, HEAD_DIM, UPCAST
                 )
                 grad_p_NM = tl.dot(v_ND, tl.trans(grad_out_MD), grad_p_NM, input_precision="ieee")
                 value_layer += values_layer_stride
                 grad_out_layer += grad_outs_layer_stride
-            q_MD = _load_tile(
+            q_MD = load_tile(
                 q_ptr + head * q_head_stride,
                 query,
                 q_row_stride,
@@ -482,7 +445,7 @@ def score_backward_k(
             delta_M = tl.load(delta_ptr + row + query, mask=query < queries, other=0.0)
             s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee") * scale_log2
             partial = first_key + BLOCK_N > tl.minimum(first_query + offset + 1, keys)
-            s_NM = _hide(
+            s_NM = hide(
                 s_NM, query[None, :], key[:, None], queries, keys, offset, partial,
                 mask_ptr + head * mask_head_stride, mask_row_stride, HAS_MASK,
             )  # fmt: skip
@@ -490,7 +453,7 @@ def score_backward_k(
             grad_k_ND = tl.dot(grad_s_NM.to(q_MD.dtype), q_MD, grad_k_ND, input_precision="ieee")
 
     grad_k_ptr += slot * keys * head_dim
-    _store_tile(grad_k_ptr, grad_k_ND * scale, key, keys, head_dim, HEAD_DIM)
+    store_tile(grad_k_ptr, grad_k_ND * scale, key, keys, head_dim, HEAD_DIM)
 
 
 _KERNELS = (leader_forward, follower_forward, value_backward, score_backward_q, score_backward_k)
@@ -536,15 +499,6 @@ def configuration(name: str, capability: int, head_dim: int, bits: int) -> dict[
         tile = _TILES[chip, padded, bits][_COLUMNS[name]]
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     return {"HEAD_DIM": padded, **dict(zip(names, tile, strict=True))}
-
-
-def has_wide_mask(capability: int, bits: int) -> bool:
-    """Whether the mask comes as int32, and not as bytes.
-
-    Beside loads of bytes Triton 3.7 multiplies float32 in tf32 on chips with tensor memory,
-    whatever the kernel says.
-    """
-    return bits == 32 and 100 <= capability < 120
 
 
 def compilations(capability: int) -> Iterator[Compilation]:

@@ -10,15 +10,19 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from stillhouse_kernels.dispatch import interpreted
+from stillhouse_kernels.launching import (
+    DTYPES,
+    aligned,
+    compute_capability,
+    mask_arguments,
+    strides,
+    trimmed,
+)
 from stillhouse_kernels.shared_attention import kernel
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_AXES = ("batch", "head", "row")
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -30,8 +34,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         v: values [B, h_kv', M, d_v].
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"the dtype of {name} is {dtype}, the kernel takes {known}"
     if q.shape[-1] > kernel.MAX_HEAD_DIM:
@@ -42,7 +46,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             f"the value dim is {v.shape[-1]} and the head dim {q.shape[-1]}, "
             "the kernel takes equal ones"
         )
-    capability, least = _capability(q), kernel.MIN_CAPABILITY
+    capability, least = compute_capability(q), kernel.MIN_CAPABILITY
     if 0 < capability < least:
         return f"{q.device} has compute capability {capability / 10}, the kernel needs {least / 10}"
     return None
@@ -66,13 +70,13 @@ def leader_forward(
         whose O is 0; an empty tensor.
     """
     head_dim = q.shape[-1]
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     arguments = _arguments(q, k, lse, mask, causal, scale, v.shape[1])
-    arguments |= {"v_ptr": v, **_strides("v", v), "out_ptr": out}
+    arguments |= {"v_ptr": v, **strides("v", v), "out_ptr": out}
     _run(kernel.leader_forward, arguments, out, "BLOCK_M")
-    return _columns(out, head_dim), lse, q.new_empty(0)
+    return trimmed(out, head_dim), lse, q.new_empty(0)
 
 
 def follower_forward(
@@ -94,12 +98,12 @@ def follower_forward(
         probabilities: empty.
     """
     head_dim = q.shape[-1]
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arguments = _arguments(q, k, lse, mask, causal, scale, v.shape[1])
-    arguments |= {"v_ptr": v, **_strides("v", v), "out_ptr": out}
+    arguments |= {"v_ptr": v, **strides("v", v), "out_ptr": out}
     _run(kernel.follower_forward, arguments, out, "BLOCK_M")
-    return _columns(out, head_dim)
+    return trimmed(out, head_dim)
 
 
 def value_backward(
@@ -123,17 +127,17 @@ def value_backward(
         kv_heads: heads of the layer's values; divides h.
     """
     head_dim = q.shape[-1]
-    q, k, grad_out = _aligned(q), _aligned(k), _aligned(grad_out)
+    q, k, grad_out = aligned(q), aligned(k), aligned(grad_out)
     batch, _, keys, padded = k.shape
     grad_v = torch.empty((batch, kv_heads, keys, padded), dtype=q.dtype, device=q.device)
     arguments = _arguments(q, k, lse, mask, causal, scale, kv_heads)
     arguments |= {
         "grad_out_ptr": grad_out,
-        **_strides("grad_out", grad_out),
+        **strides("grad_out", grad_out),
         "grad_v_ptr": grad_v,
     }
     _run(kernel.value_backward, arguments, grad_v, "BLOCK_N")
-    return _columns(grad_v, head_dim)
+    return trimmed(grad_v, head_dim)
 
 
 def score_backward(
@@ -160,10 +164,10 @@ def score_backward(
     """
     # The heads that two layers' values share are those of the finer of their groupings.
     value_heads = math.lcm(*(v.shape[1] for v in values))
-    stacked_values = torch.stack([_with_heads(_aligned(v), value_heads) for v in values])
-    stacked_grad_outs = torch.stack([_aligned(grad_out).contiguous() for grad_out in grad_outs])
+    stacked_values = torch.stack([_with_heads(aligned(v), value_heads) for v in values])
+    stacked_grad_outs = torch.stack([aligned(grad_out).contiguous() for grad_out in grad_outs])
     head_dim = q.shape[-1]
-    q, k = _aligned(q), _aligned(k)
+    q, k = aligned(q), aligned(k)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     arguments = _arguments(q, k, lse, mask, causal, scale, value_heads) | {
@@ -177,51 +181,13 @@ def score_backward(
     }
     _run(kernel.score_backward_q, arguments | {"grad_q_ptr": grad_q}, grad_q, "BLOCK_M")
     _run(kernel.score_backward_k, arguments | {"grad_k_ptr": grad_k}, grad_k, "BLOCK_N")
-    return _columns(grad_q, head_dim), _columns(grad_k, head_dim)
+    return trimmed(grad_q, head_dim), trimmed(grad_k, head_dim)
 
 
 def _with_heads(v: Tensor, heads: int) -> Tensor:
     """Repeat heads [B, h_l, M, d] until there are `heads` of them, contiguous in memory."""
     repeats = heads // v.shape[1]
     return v.contiguous() if repeats == 1 else v.repeat_interleave(repeats, 1)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor as the kernels are compiled for it; a copy where it lies otherwise.
-
-    Columns are adjacent and a multiple of 16 (the rest is 0), strides and address are multiples of
-    16, so that loads are wide and the registers suffice, and the row offsets of a head fit into 32
-    bits (a mask's need not).
-    """
-    if padding := -tensor.shape[-1] % 16:
-        return F.pad(tensor, (0, padding))
-    *strides, column_stride = tensor.stride()
-    wide = all(stride % 16 == 0 for stride in strides) and tensor.data_ptr() % 16 == 0
-    near = tensor.shape[-2] * strides[-1] < 2**31
-    if column_stride == 1 and wide and (near or tensor.is_contiguous()):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _columns(padded: Tensor, head_dim: int) -> Tensor:
-    return padded if padded.shape[-1] == head_dim else padded[..., :head_dim].contiguous()
-
-
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}_stride": tensor.stride(i) for i, axis in enumerate(_AXES)}
-
-
-def _mask_arguments(q: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    if mask is None:
-        unread = torch.empty(0, dtype=torch.uint8, device=q.device)
-        strides = {f"mask_{axis}_stride": 0 for axis in _AXES}
-        return {"mask_ptr": unread, **strides, "HAS_MASK": False}
-    wide = kernel.has_wide_mask(_capability(q), 8 * q.dtype.itemsize)
-    # An axis along which the mask is expanded would be filled in by a cast, or by padding.
-    mask = mask[tuple(slice(None if stride else 1) for stride in mask.stride()[:3])]
-    allowed = _aligned(mask.to(torch.int32) if wide else mask.view(torch.uint8))
-    allowed = allowed.expand(*q.shape[:3], allowed.shape[-1])
-    return {"mask_ptr": allowed, **_strides("mask", allowed), "HAS_MASK": True}
 
 
 def _arguments(
@@ -240,9 +206,9 @@ def _arguments(
         "q_ptr": q,
         "k_ptr": k,
         "lse_ptr": lse.contiguous(),
-        **_strides("q", q),
-        **_strides("k", k),
-        **_mask_arguments(q, mask),
+        **strides("q", q),
+        **strides("k", k),
+        **mask_arguments(q, mask),
         "heads": heads,
         "k_group": heads // k.shape[1],
         "v_group": heads // value_heads,
@@ -255,20 +221,11 @@ def _arguments(
     }
 
 
-def _capability(tensor: Tensor) -> int:
-    """Compute capability as 80, 90, ...; 0 for the interpreter."""
-    if not tensor.is_cuda:
-        return 0
-    # Not get_device_capability, which torch.compile does not fold into a constant.
-    device = torch.cuda.get_device_properties(tensor.device)
-    return 10 * device.major + device.minor
-
-
 def _run(function: Any, arguments: dict[str, Any], written: Tensor, block: str) -> None:
     """Launch a program for each block of rows of the tensor [B, heads, rows, d] that it writes."""
     batch, heads, rows, head_dim = written.shape
     options = kernel.configuration(
-        function.__name__, _capability(written), head_dim, 8 * written.dtype.itemsize
+        function.__name__, compute_capability(written), head_dim, 8 * written.dtype.itemsize
     )
     programs = batch * heads * triton.cdiv(rows, options[block])
     with torch.cuda.device_of(written):

@@ -33,14 +33,8 @@ import triton
 import triton.language as tl
 
 from stillhouse_kernels.compilation import Compilation
-from stillhouse_kernels.shared_attention.kernel import (
-    _LN_2,
-    MAX_HEAD_DIM,
-    _hide,
-    _load_tile,
-    _store_tile,
-    has_wide_mask,
-)
+from stillhouse_kernels.shared_attention.kernel import LN_2, MAX_HEAD_DIM
+from stillhouse_kernels.tiles import has_wide_mask, hide, load_tile, store_tile
 
 # One compiled kernel serves every length: 1 and multiples of 16 are not compiled apart.
 _SIZES = ("heads", "k_group", "v_group", "queries", "keys", "offset")
@@ -64,8 +58,8 @@ def _add_scores(
     """S + Q Kᵀ, the sum over a block of columns after the other."""
     for first in range(0, head_dim, BLOCK_D):
         columns = head_dim - first
-        q_MD = _load_tile(q_ptr + first, query, q_row_stride, queries, columns, BLOCK_D, UPCAST)
-        k_ND = _load_tile(k_ptr + first, key, k_row_stride, keys, columns, BLOCK_D, UPCAST)
+        q_MD = load_tile(q_ptr + first, query, q_row_stride, queries, columns, BLOCK_D, UPCAST)
+        k_ND = load_tile(k_ptr + first, key, k_row_stride, keys, columns, BLOCK_D, UPCAST)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), s_MN, input_precision="ieee")
     return s_MN
 
@@ -140,9 +134,9 @@ def jvp_forward(
 
     query = first_query + tl.arange(0, BLOCK_M)
     if BLOCK_D == HEAD_DIM:
-        q_MD = _load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
+        q_MD = load_tile(q_ptr, query, q_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
         if HAS_Q_TANGENT:
-            q_t_MD = _load_tile(q_t_ptr, query, q_t_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
+            q_t_MD = load_tile(q_t_ptr, query, q_t_row_stride, queries, head_dim, HEAD_DIM, UPCAST)
     maximum_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     sum_t_M = tl.zeros([BLOCK_M], tl.float32)
@@ -155,12 +149,12 @@ def jvp_forward(
         s_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         s_t_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if BLOCK_D == HEAD_DIM:
-            k_ND = _load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+            k_ND = load_tile(k_ptr, key, k_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
             s_MN = tl.dot(q_MD, tl.trans(k_ND), s_MN, input_precision="ieee")
             if HAS_Q_TANGENT:
                 s_t_MN = tl.dot(q_t_MD, tl.trans(k_ND), s_t_MN, input_precision="ieee")
             if HAS_K_TANGENT:
-                k_t_ND = _load_tile(k_t_ptr, key, k_t_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
+                k_t_ND = load_tile(k_t_ptr, key, k_t_row_stride, keys, head_dim, HEAD_DIM, UPCAST)
                 s_t_MN = tl.dot(q_MD, tl.trans(k_t_ND), s_t_MN, input_precision="ieee")
         else:
             s_MN = _add_scores(
@@ -179,7 +173,7 @@ def jvp_forward(
                 )  # fmt: skip
         s_MN *= scale_log2
         partial = first_key + BLOCK_N > seen_by_all
-        s_MN = _hide(
+        s_MN = hide(
             s_MN, query[:, None], key[None, :], queries, keys, offset, partial,
             mask_ptr, mask_row_stride, HAS_MASK,
         )  # fmt: skip
@@ -189,7 +183,7 @@ def jvp_forward(
         p_MN = tl.exp2(s_MN - finite_M[:, None])
         p_sum_M = tl.sum(p_MN, 1)
         decay_M = tl.exp2(maximum_M - finite_M)
-        v_NE = _load_tile(v_ptr, key, v_row_stride, keys, value_dim, HEAD_DIM, UPCAST)
+        v_NE = load_tile(v_ptr, key, v_row_stride, keys, value_dim, HEAD_DIM, UPCAST)
         out_t_ME *= decay_M[:, None]
         if HAS_Q_TANGENT or HAS_K_TANGENT:
             s_t_MN *= scale
@@ -205,21 +199,21 @@ def jvp_forward(
         p_rounded_MN = p_MN.to(v_NE.dtype)
         out_ME = tl.dot(p_rounded_MN, v_NE, out_ME * decay_M[:, None], input_precision="ieee")
         if HAS_V_TANGENT:
-            v_t_NE = _load_tile(v_t_ptr, key, v_t_row_stride, keys, value_dim, HEAD_DIM, UPCAST)
+            v_t_NE = load_tile(v_t_ptr, key, v_t_row_stride, keys, value_dim, HEAD_DIM, UPCAST)
             out_t_ME = tl.dot(p_rounded_MN, v_t_NE, out_t_ME, input_precision="ieee")
         sum_M = sum_M * decay_M + p_sum_M
         maximum_M = maximum_new_M
 
     seen_M = sum_M > 0.0
     sum_M = tl.where(seen_M, sum_M, 1.0)
-    lse_M = tl.where(seen_M, (maximum_M + tl.log2(sum_M)) * _LN_2, float("-inf"))
+    lse_M = tl.where(seen_M, (maximum_M + tl.log2(sum_M)) * LN_2, float("-inf"))
     tl.store(lse_ptr + slot * queries + query, lse_M, mask=query < queries)
     out_ptr += slot * queries * value_dim
     out_t_ptr += slot * queries * value_dim
     out_ME /= sum_M[:, None]
     out_t_ME = (out_t_ME - sum_t_M[:, None] * out_ME) / sum_M[:, None]
-    _store_tile(out_ptr, out_ME, query, queries, value_dim, HEAD_DIM)
-    _store_tile(out_t_ptr, out_t_ME, query, queries, value_dim, HEAD_DIM)
+    store_tile(out_ptr, out_ME, query, queries, value_dim, HEAD_DIM)
+    store_tile(out_t_ptr, out_t_ME, query, queries, value_dim, HEAD_DIM)
 
 
 # The tangents of Q, K and V that a launch may be given; another set is filled up with zeros to all.

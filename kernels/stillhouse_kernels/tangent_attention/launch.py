@@ -14,16 +14,16 @@ import triton
 from torch import Tensor
 
 from stillhouse_kernels.dispatch import interpreted
+from stillhouse_kernels.launching import (
+    DTYPES,
+    aligned,
+    compute_capability,
+    mask_arguments,
+    strides,
+    trimmed,
+)
 from stillhouse_kernels.shared_attention import launch as leader
 from stillhouse_kernels.shared_attention.kernel import LOG2_E, MAX_HEAD_DIM, MIN_CAPABILITY
-from stillhouse_kernels.shared_attention.launch import (
-    _DTYPES,
-    _aligned,
-    _capability,
-    _columns,
-    _mask_arguments,
-    _strides,
-)
 from stillhouse_kernels.tangent_attention import kernel
 
 
@@ -36,14 +36,14 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         v: values [B, h_kv, M, e].
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in _DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"the dtype of {name} is {dtype}, the kernel takes {known}"
     for name, width in (("head", q.shape[-1]), ("value", v.shape[-1])):
         if width > MAX_HEAD_DIM:
             return f"the {name} dim is {width}, the kernel takes at most {MAX_HEAD_DIM}"
-    capability, least = _capability(q), MIN_CAPABILITY
+    capability, least = compute_capability(q), MIN_CAPABILITY
     if 0 < capability < least:
         return f"{q.device} has compute capability {capability / 10}, the kernel needs {least / 10}"
     return None
@@ -77,19 +77,19 @@ def jvp(
         key, whose O and Ȯ are 0.
     """
     value_dim = v.shape[-1]
-    primals, tangents = [_aligned(x) for x in (q, k, v)], (q_t, k_t, v_t)
+    primals, tangents = [aligned(x) for x in (q, k, v)], (q_t, k_t, v_t)
     present = tuple(tangent is not None for tangent in tangents)
     pattern = next((name for name, has in kernel.PATTERNS.items() if has == present), "all")
-    arguments = _mask_arguments(q, mask)
+    arguments = mask_arguments(q, mask)
     for name, primal, tangent, read in zip(
         ("q", "k", "v"), primals, tangents, kernel.PATTERNS[pattern], strict=True
     ):
         if tangent is not None:
-            tangent = _aligned(tangent)
+            tangent = aligned(tangent)
         else:  # zeros that take no memory, or what is not read
             tangent = primal.new_zeros(primal.shape[-1]).expand_as(primal) if read else primal
-        arguments |= {f"{name}_ptr": primal, **_strides(name, primal)}
-        arguments |= {f"{name}_t_ptr": tangent, **_strides(f"{name}_t", tangent)}
+        arguments |= {f"{name}_ptr": primal, **strides(name, primal)}
+        arguments |= {f"{name}_t_ptr": tangent, **strides(f"{name}_t", tangent)}
     q, k, v = primals
     (_, heads, queries, head_dim), keys = q.shape, k.shape[2]
     shape = (*q.shape[:3], v.shape[3])
@@ -112,7 +112,7 @@ def jvp(
         "UPCAST": q.dtype == torch.bfloat16 and interpreted(),
     }
     _run(pattern, arguments, out)
-    return _columns(out, value_dim), _columns(out_t, value_dim), lse
+    return trimmed(out, value_dim), trimmed(out_t, value_dim), lse
 
 
 def forward(
@@ -122,7 +122,7 @@ def forward(
     value_dim = v.shape[-1]
     q, k, v = _of_one_width(q, k, v)
     out, lse, _ = leader.leader_forward(q, k, v, mask, causal, scale)
-    return _columns(out, value_dim), lse
+    return trimmed(out, value_dim), lse
 
 
 def backward(
@@ -149,7 +149,7 @@ def backward(
     nothing, rest = q.new_empty(0), (mask, causal, scale)
     grad_v = leader.value_backward(q, k, lse, nothing, grad_out, *rest, v.shape[1])
     grad_q, grad_k = leader.score_backward(q, k, lse, nothing, [v], [grad_out], delta, *rest)
-    return _columns(grad_q, head_dim), _columns(grad_k, head_dim), _columns(grad_v, value_dim)
+    return trimmed(grad_q, head_dim), trimmed(grad_k, head_dim), trimmed(grad_v, value_dim)
 
 
 def _of_one_width(*tensors: Tensor) -> list[Tensor]:
@@ -162,7 +162,7 @@ def _run(pattern: str, arguments: dict[str, Any], out: Tensor) -> None:
     """Launch a program for each block of rows of O [B, h, N, e]."""
     batch, heads, queries, value_dim = out.shape
     width, bits = max(arguments["head_dim"], value_dim), 8 * out.dtype.itemsize
-    options = kernel.configuration(pattern, _capability(out), width, bits)
+    options = kernel.configuration(pattern, compute_capability(out), width, bits)
     programs = batch * heads * triton.cdiv(queries, options["BLOCK_M"])
     function: Any = kernel.jvp_forward
     with torch.cuda.device_of(out):
