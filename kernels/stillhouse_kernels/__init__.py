@@ -2,7 +2,9 @@
 
 The package knows nothing of `stillhouse`. Each operation is a folder with its truth
 (`reference.py`), its CPU path (`streaming.py`), its GPU kernel (`kernel.py`) and its derivation
-(`README.md`); every public function is exported from here.
+(`README.md`); every public function is exported from here. What several operations share lies
+beside the folders: `tiles.py` for kernels, `launching.py` for their grids, `attention_inputs.py`,
+`forward_mode.py` and `primal_gradients.py` for what comes before and behind an operator.
 """
 
 from stillhouse_kernels.dispatch import Backend, BackendError

@@ -12,7 +12,7 @@ another lies below it, its tangents would be dropped, so that is refused:
 | grad of jvp (torch.autograd around a jvp is right)  | refused      |
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -60,6 +60,31 @@ def refuse_tangents(function: str, *tensors: Tensor | None) -> None:
     _, tangents = unpack(function, [t for t in tensors if t is not None])
     if any(t is not None for t in tangents):
         refuse(function)
+
+
+def check_tangents(
+    function: str, primals: Mapping[str, Tensor], tangents: Sequence[Tensor | None]
+) -> None:
+    """Refuse a tangent of another shape, dtype or device than its primal's; any layout will do.
+
+    Args:
+        function: the name that the message begins with.
+        primals: by the name of the argument; that of a tangent ends in `_t`.
+        tangents: in the primals' order, None where there is none.
+    """
+    for (name, primal), tangent in zip(primals.items(), tangents, strict=True):
+        if tangent is None:
+            continue
+        if tangent.shape != primal.shape:
+            raise ValueError(
+                f"{function}: {name}_t {tuple(tangent.shape)}, {name} {tuple(primal.shape)}: "
+                "expected a tangent of its primal's shape"
+            )
+        if tangent.dtype != primal.dtype or tangent.device != primal.device:
+            raise ValueError(
+                f"{function}: {name}_t {tangent.dtype} on {tangent.device}, {name} {primal.dtype} "
+                f"on {primal.device}: expected its primal's dtype and device; convert with .to()"
+            )
 
 
 # A compiler asks once, while it traces; it guards the levels and transforms by itself.

@@ -76,7 +76,7 @@ def relu_linear_attention_jvp(
     q, k, v = primals = tuple(attention_inputs.autocast(t) for t in (q, k, v))
     tangents = tuple(None if t is None else attention_inputs.autocast(t) for t in (q_t, k_t, v_t))
     attention_inputs.check(name, q, k, v, None, False)
-    arguments.check_tangents(name, primals, tangents)
+    forward_mode.check_tangents(name, {"q": q, "k": k, "v": v}, tangents)
     arguments.check_eps(name, eps)
     chosen = arguments.backend_for(backend, q, k, v)
     if chosen == "reference":

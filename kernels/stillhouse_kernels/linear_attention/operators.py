@@ -1,31 +1,18 @@
 """The fast paths as torch operators, opaque to torch.compile, with the gradients of the primal.
 
 Each takes the name of the path that runs, `streaming` or `triton`, which is imported when it is
-first needed. The tangent comes out attached to a node that raises: a loss that forgets to detach it
-is told so, and not given half a gradient.
+first needed. The tangent comes out attached to a node that raises.
 """
 
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwd
 from torch import Tensor
 
 from stillhouse_kernels.attention_inputs import autocast_off
 from stillhouse_kernels.linear_attention import streaming
-
-_OF_TANGENT = (
-    "relu_linear_attention: its tangent has no gradient in the fast paths; detach the tangent (the "
-    "losses of sCM and MeanFlow stop the gradient there), or take backend='reference'"
-)
-_SECOND = (
-    "relu_linear_attention: the fast paths have no second derivative; backend='reference' has one"
-)
-_IN_DUAL_LEVEL = (
-    "relu_linear_attention: a backward pass under forward-mode AD would lose the gradient's "
-    "tangent; call it behind the dual level, or take backend='reference'"
-)
+from stillhouse_kernels.primal_gradients import register_gradients
 
 
 def path(backend: str) -> ModuleType:
@@ -118,34 +105,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(q, k, v, sums)
     ctx.settings = (eps, backend)
     ctx.mark_non_differentiable(sums)
-    # What nobody differentiates comes as None, and a gradient of the tangent is told from zeros.
-    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return None, None, None
-    if fwd._current_level >= 0:
-        raise RuntimeError(_IN_DUAL_LEVEL)
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return backward(*ctx.saved_tensors, grad_out, *ctx.settings)
 
 
-def _forward_backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    return *_gradients(ctx, grad_out), None, None
-
-
-def _jvp_backward(
-    ctx: Any, grad_out: Tensor | None, grad_out_t: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
-    if grad_out_t is not None:
-        raise RuntimeError(_OF_TANGENT)
-    return *_gradients(ctx, grad_out), *(None,) * 5
-
-
-def _refuse(*_: Any) -> None:
-    raise RuntimeError(_SECOND)
-
-
-forward.register_autograd(_forward_backward, setup_context=_save)
-jvp.register_autograd(_jvp_backward, setup_context=_save)
-backward.register_autograd(_refuse)
+register_gradients(
+    "relu_linear_attention", forward, jvp, backward, save=_save, gradients=_gradients, settings=2
+)

@@ -11,8 +11,6 @@ from torch import Tensor
 from stillhouse_kernels.attention_inputs import check_same_kind
 from stillhouse_kernels.dispatch import choose_backend
 
-NAMES = ("x", "shift", "scale")
-
 
 def autocast(t: Tensor) -> Tensor:
     """Cast as autocast casts `layer_norm`'s inputs on CUDA: 16-bit types to float32."""
@@ -49,25 +47,6 @@ def check(function: str, x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     check_same_kind(function, {"x": x, "shift": shift, "scale": scale})
     if not 0 <= eps < math.inf:
         raise ValueError(f"{function}: eps={eps}: expected 0 or more")
-
-
-def check_tangents(
-    function: str, primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]
-) -> None:
-    """Refuse a tangent of another shape, dtype or device than its primal's; any layout will do."""
-    for name, primal, tangent in zip(NAMES, primals, tangents, strict=True):
-        if tangent is None:
-            continue
-        if tangent.shape != primal.shape:
-            raise ValueError(
-                f"{function}: {name}_t {tuple(tangent.shape)}, {name} {tuple(primal.shape)}: "
-                "expected a tangent of its primal's shape"
-            )
-        if tangent.dtype != primal.dtype or tangent.device != primal.device:
-            raise ValueError(
-                f"{function}: {name}_t {tangent.dtype} on {tangent.device}, {name} {primal.dtype} "
-                f"on {primal.device}: expected its primal's dtype and device; convert with .to()"
-            )
 
 
 def of_elements(t: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def modulated_layer_norm_jvp(
     x, shift, scale = primals = tuple(arguments.autocast(t) for t in (x, shift, scale))
     tangents = tuple(None if t is None else arguments.autocast(t) for t in (x_t, shift_t, scale_t))
     arguments.check(function, x, shift, scale, eps)
-    arguments.check_tangents(function, primals, tangents)
+    forward_mode.check_tangents(function, {"x": x, "shift": shift, "scale": scale}, tangents)
     chosen = arguments.backend_for(backend, x)
     if chosen != "reference":
         forward_mode.refuse_tangents(function, *primals, *tangents)

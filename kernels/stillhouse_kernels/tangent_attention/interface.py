@@ -99,7 +99,7 @@ def attention_jvp(
     q, k, v = (attention_inputs.autocast(t) for t in (q, k, v))
     tangents = tuple(None if t is None else attention_inputs.autocast(t) for t in (q_t, k_t, v_t))
     attention_inputs.check("attention_jvp", q, k, v, mask, causal)
-    arguments.check_tangents((q, k, v), tangents)
+    forward_mode.check_tangents("attention_jvp", {"q": q, "k": k, "v": v}, tangents)
     chosen = arguments.backend_for(backend, q, k, v)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if chosen != "reference":
