@@ -1,21 +1,28 @@
 """ReLU linear attention and its tangent, on the CPU, against torch's own jvp of the formula."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from attention_cases import normal, relative
+from linear_cases import (
+    BACKENDS,
+    SHAPES,
+    Six,
+    draw,
+    leaves_and_tangents,
+    plain,
+    true_gradients,
+    truth,
+)
 from memory import peak_bytes
+from tangent_cases import TOLERANCES
 from torch import Tensor
-from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
 
 from stillhouse_kernels.linear_attention import (
-    operators,
     relu_linear_attention,
     relu_linear_attention_jvp,
     streaming,
@@ -23,56 +30,6 @@ from stillhouse_kernels.linear_attention import (
 
 # torch's own, when it first loads what forward-mode AD needs.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
-# Relative in norm to float64: values, tangents, gradients.
-TOLERANCES = {
-    torch.float64: (1e-13, 1e-13, 1e-13),
-    torch.float32: (2e-6, 5e-6, 2e-5),
-    torch.float16: (1e-3, 1e-3, 1e-3),
-    torch.bfloat16: (1e-2, 1e-2, 1e-2),
-}
-BACKENDS = ["reference", "streaming"]
-# h, h_kv, N, M, d, e
-SHAPES = {
-    "square": (3, 3, 40, 40, 8, 8),
-    "grouped, of other lengths and widths": (6, 2, 50, 23, 12, 20),
-    "few queries": (2, 1, 1, 60, 16, 4),
-}
-Six = Sequence[Tensor]
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
-    """The formula, without a line of the package."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    weights = q.relu() @ k.relu().mT
-    return (weights @ v) / (weights.sum(-1, keepdim=True) + eps)
-
-
-def draw(
-    shape: tuple[int, ...] = SHAPES["grouped, of other lengths and widths"],
-    dtype: torch.dtype = torch.float64,
-    batch: int = 2,
-) -> list[Tensor]:
-    """q, k, v and their tangents."""
-    h, g, queries, keys, d, e = shape
-    shapes = [(batch, h, queries, d), (batch, g, keys, d), (batch, g, keys, e)]
-    return [normal(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes + shapes)]
-
-
-def truth(six: Six) -> tuple[Tensor, Tensor]:
-    # torch takes no expanded tensors here.
-    wide = [t.detach().double().contiguous() for t in six]
-    return torch.func.jvp(plain, tuple(wide[:3]), tuple(wide[3:]))
-
-
-def true_gradients(three: Six, grad_out: Tensor) -> list[Tensor]:
-    leaves = [t.detach().double().requires_grad_() for t in three]
-    return list(torch.autograd.grad(plain(*leaves), leaves, grad_out.double()))
-
-
-def leaves_and_tangents(**changes: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    six = draw(**changes)
-    return tuple(t.requires_grad_() for t in six[:3]), tuple(six[3:])
 
 
 def inner(ours: Six, theirs: Six) -> float:
@@ -289,156 +246,6 @@ def test_tensors_of_any_layout(layout: str) -> None:
     )
 
 
-def test_reference_has_derivatives_of_any_order() -> None:
-    leaves, tangents = leaves_and_tangents(shape=(2, 1, 3, 4, 3, 2), batch=1)
-
-    def derivative(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *t: torch.func.jvp(f, t, tangents)[1]
-
-    def ours(*t: Tensor) -> Tensor:
-        return relu_linear_attention(*t, backend="reference")
-
-    torch.testing.assert_close(
-        derivative(derivative(ours))(*leaves), derivative(derivative(plain))(*leaves)
-    )
-    by_hand = relu_linear_attention_jvp(*leaves, *tangents, backend="reference")[1]
-    torch.testing.assert_close(
-        torch.autograd.grad(by_hand.sum(), leaves),
-        torch.autograd.grad(derivative(plain)(*leaves).sum(), leaves),
-    )
-
-
-def derive(leaves: Six, tangents: Six, **options: Any) -> tuple[Tensor, Tensor]:
-    """A loss's shape in one pass: the primal carries gradients, its tangent is a constant."""
-    out, out_t = torch.func.jvp(
-        lambda *t: relu_linear_attention(*t, **options), tuple(leaves), tuple(tangents)
-    )
-    return out, out_t.detach()
-
-
-@pytest.mark.parametrize(
-    ("backend", "dynamic"), [("auto", None), ("auto", True), ("reference", None)]
-)
-def test_compiled_in_one_graph(backend: str, dynamic: bool | None) -> None:
-    torch._dynamo.reset()
-    leaves, tangents = leaves_and_tangents()
-
-    def run(*six: Tensor) -> tuple[Tensor, Tensor]:
-        return derive(six[:3], six[3:], backend=backend)
-
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    out, out_t = compiled(*leaves, *tangents)
-    wanted, wanted_t = truth([*leaves, *tangents])
-    assert out_t.norm() > 0
-    torch.testing.assert_close((out, out_t), (wanted, wanted_t))
-    torch.testing.assert_close(
-        list(torch.autograd.grad(out, leaves, wanted_t)), true_gradients(leaves, wanted_t)
-    )
-
-
-def test_a_checkpoint_around_the_jvp() -> None:
-    leaves, tangents = leaves_and_tangents()
-    run: Any = checkpoint
-    out, out_t = run(derive, leaves, tangents, use_reentrant=False)
-    torch.testing.assert_close((out, out_t), truth([*leaves, *tangents]))
-    torch.testing.assert_close(
-        list(torch.autograd.grad(out, leaves, out_t)), true_gradients(leaves, out_t)
-    )
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
-def test_jacfwd() -> None:
-    q, k, v = (t[:1, :2, :4] for t in draw((2, 2, 4, 4, 3, 2))[:3])
-    found = torch.func.jacfwd(lambda q: relu_linear_attention(q, k, v))(q)
-    torch.testing.assert_close(found, torch.func.jacrev(lambda q: plain(q, k, v))(q))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_casts_as_for_an_attention(backend: str) -> None:
-    leaves, tangents = leaves_and_tangents(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, out_t = derive(leaves, tangents, backend=backend)
-        by_hand = relu_linear_attention_jvp(*leaves, *tangents, backend=backend)
-    assert out.dtype == out_t.dtype == torch.bfloat16
-    # Accumulated in float32: no worse than the inputs' and the output's rounding.
-    rounded = [t.bfloat16() for t in (*leaves, *tangents)]
-    wanted, wanted_t = truth(rounded)
-    assert relative(out, wanted) < 2.5e-3
-    assert relative(out_t, wanted_t) < 2.5e-3
-    torch.testing.assert_close(tuple(t.detach() for t in by_hand), (out.detach(), out_t))
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
-
-
-def test_a_gradient_of_the_tangent_raises() -> None:
-    leaves, tangents = leaves_and_tangents()
-    learnt = [t.clone().requires_grad_() for t in tangents]
-    _, of_jvp = torch.func.jvp(relu_linear_attention, leaves, tangents)
-    _, by_hand = relu_linear_attention_jvp(*leaves, *learnt)
-    for out_t, leaf in ((of_jvp, leaves[0]), (by_hand, leaves[2]), (by_hand, learnt[0])):
-        with pytest.raises(RuntimeError) as raised:
-            torch.autograd.grad(out_t.sum(), leaf, retain_graph=True)
-        assert str(raised.value) == (
-            "relu_linear_attention: its tangent has no gradient in the fast paths; detach the "
-            "tangent (the losses of sCM and MeanFlow stop the gradient there), or take "
-            "backend='reference'"
-        )
-
-
-def test_a_second_derivative_raises() -> None:
-    leaves, _ = leaves_and_tangents()
-    out = relu_linear_attention(*leaves)
-    (grad,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError) as raised:
-        grad.sum().backward()
-    assert str(raised.value) == (
-        "relu_linear_attention: the fast paths have no second derivative; backend='reference' has "
-        "one"
-    )
-
-
-def test_a_backward_pass_in_a_dual_level_raises() -> None:
-    leaves, tangents = leaves_and_tangents()
-    with fwd.dual_level():
-        out = relu_linear_attention(*map(fwd.make_dual, leaves, tangents))
-        with pytest.raises(RuntimeError) as raised:
-            torch.autograd.grad(out.sum(), leaves)
-    assert str(raised.value) == (
-        "relu_linear_attention: a backward pass under forward-mode AD would lose the gradient's "
-        "tangent; call it behind the dual level, or take backend='reference'"
-    )
-
-
-def test_derivatives_of_derivatives_are_refused() -> None:
-    leaves, tangents = leaves_and_tangents()
-    primals = tuple(t.detach() for t in leaves)
-
-    def jvp_of(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *t: torch.func.jvp(f, t, tangents)[1]
-
-    with pytest.raises(NotImplementedError) as refused:
-        jvp_of(jvp_of(relu_linear_attention))(*primals)
-    assert str(refused.value) == (
-        "relu_linear_attention: a forward-mode derivative of another derivative would be lost in "
-        "the fast paths; backend='reference' has derivatives of any order"
-    )
-    with pytest.raises(NotImplementedError, match="relu_linear_attention_jvp: a forward-mode"):
-        jvp_of(lambda *t: relu_linear_attention_jvp(*t, *tangents)[1])(*primals)
-    with pytest.raises(NotImplementedError, match=r"torch\.func\.grad around a forward-mode"):
-        torch.func.grad(lambda q: jvp_of(relu_linear_attention)(q, *primals[1:]).sum())(primals[0])
-
-
-def test_operators_keep_torchs_rules() -> None:
-    leaves, tangents = leaves_and_tangents()
-    settings = (1e-15, "streaming")
-    opcheck(operators.forward, (*leaves, *settings))
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(operators.jvp, (*leaves, *tangents, *settings), test_utils=checks)
-    opcheck(operators.jvp, (*leaves, None, None, tangents[2], *settings), test_utils=checks)
-    primals = tuple(t.detach() for t in leaves)
-    out, sums = operators.forward(*primals, *settings)
-    opcheck(operators.backward, (*primals, sums, out, *settings))
-
-
 def test_no_array_of_the_length_of_queries_or_keys_but_the_results() -> None:
     six = draw((4, 4, 2048, 2048, 32, 32), torch.float32, batch=1)
     results = 2 * six[0].nbytes
@@ -463,83 +270,3 @@ def test_equals_the_processor_of_diffusers() -> None:
     for backend in BACKENDS:
         out = relu_linear_attention(q, k, v, backend=backend)
         assert relative(out.transpose(1, 2).flatten(2), wanted) < 1e-6
-
-
-def refusal(*six: Tensor, **options: Any) -> list[str]:
-    """What both functions say, or the one that takes tangents."""
-    calls = [lambda: relu_linear_attention_jvp(*six, **options)]
-    if len(six) == 3:
-        calls.append(lambda: relu_linear_attention(*six, **options))
-    said = []
-    for call in calls:
-        with pytest.raises(ValueError, match=":") as refused:
-            call()
-        said.append(str(refused.value))
-    names = ("relu_linear_attention_jvp: ", "relu_linear_attention: ")
-    return [message.removeprefix(name) for message, name in zip(said, names, strict=False)]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {0: normal(2, 6, 12)},
-            "q (2, 6, 12), k (2, 2, 23, 12), v (2, 2, 23, 20): expected [batch, heads, tokens, "
-            "head_dim] each, no size 0",
-        ),
-        (
-            {1: normal(2, 2, 23, 11)},
-            "q (2, 6, 50, 12), k (2, 2, 23, 11), v (2, 2, 23, 20): expected one batch size, and "
-            "one head dim in q and k",
-        ),
-        (
-            {2: normal(2, 2, 22, 20)},
-            "q (2, 6, 50, 12), k (2, 2, 23, 12), v (2, 2, 22, 20): expected k and v of equal heads "
-            "and tokens",
-        ),
-        (
-            {0: normal(2, 5, 50, 12)},
-            "q (2, 5, 50, 12), k (2, 2, 23, 12), v (2, 2, 23, 20): 2 key/value heads do not divide "
-            "5 query heads",
-        ),
-        (
-            {1: normal(2, 2, 23, 12, dtype=torch.float32)},
-            "q torch.float64, k torch.float32, v torch.float64: expected one floating-point dtype; "
-            "cast with .to()",
-        ),
-    ],
-)
-def test_what_does_not_fit_together_is_refused(change: dict[int, Tensor], message: str) -> None:
-    three = [change.get(i, t) for i, t in enumerate(draw()[:3])]
-    assert set(refusal(*three)) == {message}
-
-
-@pytest.mark.parametrize("eps", [0.0, -1e-15, 1e-31, 2.0, float("nan")])
-def test_an_eps_that_float32_does_not_hold_is_refused(eps: float) -> None:
-    assert set(refusal(*draw()[:3], eps=eps)) == {
-        f"eps={eps!r}: expected a number from 1e-30 to 1; it keeps a row that sees no key from "
-        "dividing by 0"
-    }
-
-
-def test_a_backend_that_is_unknown_or_cannot_run_is_refused() -> None:
-    three = draw()[:3]
-    assert set(refusal(*three, backend="flash")) == {
-        "backend='flash': expected one of auto, reference, streaming, triton"
-    }
-    pytest.importorskip("triton")
-    assert set(refusal(*three, backend="triton")) == {
-        "backend='triton': the dtype of q is float64, the kernel takes float32, float16, bfloat16; "
-        "backend='streaming' takes it"
-    }
-
-
-def test_a_tangent_that_does_not_fit_its_primal_is_refused() -> None:
-    six = draw()
-    assert refusal(*six[:4], six[4][:, :1], six[5]) == [
-        "k_t (2, 1, 23, 12), k (2, 2, 23, 12): expected a tangent of its primal's shape"
-    ]
-    assert refusal(*six[:5], six[5].float()) == [
-        "v_t torch.float32 on cpu, v torch.float64 on cpu: expected its primal's dtype and device; "
-        "convert with .to()"
-    ]
