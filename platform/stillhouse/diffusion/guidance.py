@@ -1,0 +1,58 @@
+"""Classifier-free guidance (2207.12598) of a velocity, and the scales that are drawn for it.
+
+Two conventions are in use. Here, and in diffusers, w is `guidance_scale`:
+
+    F_w = F(none) + w (F(condition) - F(none))       w = 1 is the conditional network, 0 the other
+
+The paper's w' weighs the difference on top of the conditional network: w = 1 + w'.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stillhouse.diffusion.paths import along
+from stillhouse.errors import UserError
+from stillhouse.ranges import Finite
+from stillhouse.records.diffusion import Condition, TrigFlowNetwork
+
+GuidanceScale = Callable[[int, torch.Generator], Float[Tensor, "B"]]
+
+
+def fixed(count: int, generator: torch.Generator, *, scale: Finite = 1.0) -> Float[Tensor, "B"]:
+    """Return the same scale for every sample."""
+    return torch.full((count,), scale, dtype=torch.double)
+
+
+def one_of(
+    count: int, generator: torch.Generator, *, scales: Sequence[float]
+) -> Float[Tensor, "B"]:
+    """Return for each sample one of some scales, all equally likely (SANA-Sprint: 4, 4.5, 5)."""
+    if not scales:
+        raise UserError("guidance_scale.scales=[]: expected at least one number")
+    chosen = torch.randint(len(scales), (count,), generator=generator)
+    return torch.tensor(list(scales), dtype=torch.double)[chosen]
+
+
+def guided(
+    network: TrigFlowNetwork,
+    x_t: Float[Tensor, "B ..."],
+    t: Float[Tensor, "B"],
+    condition: Condition,
+    scale: Float[Tensor, "B"],
+) -> Float[Tensor, "B ..."]:
+    """Return F_w, by one call with both halves in a batch; by half of it where every w is 1.
+
+    Args:
+        network: the teacher; it has to know unconditional samples (`Condition.none`).
+        x_t, t: noisy samples and their times.
+        condition: of each.
+        scale: w of each.
+    """
+    if bool((scale == 1).all()):
+        return network(x_t, t, condition)
+    both = condition.none().joined(condition)
+    none, said = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return none + along(scale, x_t) * (said - none)

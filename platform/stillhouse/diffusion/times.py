@@ -1,0 +1,53 @@
+"""Where on TrigFlow's path a step of training takes place.
+
+A time sampler is called with (count, generator) and returns float64 times on the CPU, between 0
+and π/2. Papers state some of them in other units: with data of σ_d = 0.5, sCM's and SANA-Sprint's
+t = arctan(exp(τ) / σ_d), τ ~ N(P_mean, P_std²), is `log_normal` with mean P_mean - ln σ_d.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stillhouse.ranges import Finite, Positive
+
+TimeSampler = Callable[[int, torch.Generator], Float[Tensor, "B"]]
+
+
+def log_normal(
+    count: int, generator: torch.Generator, *, mean: Finite = 0.0, std: Positive = 1.6
+) -> Float[Tensor, "B"]:
+    """Return times whose log tan t, the log ratio of noise to data, is normal.
+
+    Args:
+        count: B.
+        generator: on the CPU.
+        mean, std: of log tan t.
+    """
+    normal = torch.randn(count, generator=generator, dtype=torch.double)
+    return torch.atan(torch.exp(mean + std * normal))
+
+
+def shifted_uniform(
+    count: int, generator: torch.Generator, *, shift: Positive = 1.0
+) -> Float[Tensor, "B"]:
+    """Return times whose rectified-flow time s is uniform, then moved towards noise.
+
+    s = shift u / (1 + (shift - 1) u), u uniform; tan t = s / (1 - s).
+
+    Args:
+        count: B.
+        generator: on the CPU.
+        shift: above 1 towards noise.
+    """
+    u = torch.rand(count, generator=generator, dtype=torch.double)
+    s = shift * u / (1 + (shift - 1) * u)
+    return torch.atan2(s, 1 - s)
+
+
+def uniform(count: int, generator: torch.Generator) -> Float[Tensor, "B"]:
+    """Return times that are uniform from 0 to π/2."""
+    return torch.rand(count, generator=generator, dtype=torch.double) * (math.pi / 2)

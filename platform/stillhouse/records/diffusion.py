@@ -1,0 +1,91 @@
+"""What is passed between data, networks and methods of generative models."""
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+UNCONDITIONAL = -1
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What samples are to be; a field is None where nothing of its kind is said of any.
+
+    Attributes:
+        labels: [B]; the class, `UNCONDITIONAL` for none.
+        embeddings: [B, L, D]; a caption as a text encoder reads it.
+        mask: [B, L]; True at the caption's tokens, nowhere for no caption.
+    """
+
+    labels: Int[Tensor, "B"] | None = None
+    embeddings: Float[Tensor, "B L D"] | None = None
+    mask: Bool[Tensor, "B L"] | None = None
+
+    def dropped(self, where: Bool[Tensor, "B"]) -> "Condition":
+        """Return it without what it says of some samples."""
+        labels, mask = self.labels, self.mask
+        return Condition(
+            labels=None if labels is None else labels.masked_fill(where, UNCONDITIONAL),
+            embeddings=self.embeddings,
+            mask=None if mask is None else mask & ~where[:, None],
+        )
+
+    def none(self) -> "Condition":
+        """Return it without what it says of any sample."""
+        labels, mask = self.labels, self.mask
+        return Condition(
+            labels=None if labels is None else torch.full_like(labels, UNCONDITIONAL),
+            embeddings=self.embeddings,
+            mask=None if mask is None else torch.zeros_like(mask),
+        )
+
+    def repeated(self, times: int) -> "Condition":
+        """Return the whole batch `times` times, one behind the other."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Condition(*(t if t is None else torch.cat([t] * times) for t in parts))
+
+    def joined(self, other: "Condition") -> "Condition":
+        """Return the samples of both, one behind the other."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Condition(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Samples of the data, of unit variance, with what is said of each.
+
+    Attributes:
+        x_0: [B, C, H, W], or [B, D] of points.
+        condition: of each.
+    """
+
+    x_0: Float[Tensor, "B ..."]
+    condition: Condition
+
+    def __len__(self) -> int:
+        return len(self.x_0)
+
+
+class TrigFlowNetwork(Protocol):
+    """F(x_t, t), the velocity dx_t/dt on TrigFlow's path."""
+
+    def __call__(
+        self,
+        x_t: Float[Tensor, "B ..."],
+        t: Float[Tensor, "B"],
+        condition: Condition,
+        guidance_scale: Float[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B ..."]:
+        """Return F, of x_t's shape.
+
+        Args:
+            x_t: noisy samples.
+            t: times from 0, data, to π/2, noise; float64.
+            condition: what they are to be.
+            guidance_scale: for a network that was distilled from a guided teacher and is told how
+                strongly; None otherwise.
+        """
+        ...
