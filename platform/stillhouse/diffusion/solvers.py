@@ -23,6 +23,8 @@ from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive
 
 Velocity = Callable[[Tensor, Float[Tensor, "B"]], Tensor]
+# π/2, as it is written with four digits.
+LATEST = 1.5708
 Visited = Callable[[Tensor, float, Tensor], None]
 Solver = Callable[..., Tensor]
 
@@ -109,7 +111,7 @@ def check_times(times: Sequence[float], *, key: str) -> None:
         UserError: naming the key.
     """
     falling = all(a > b for a, b in itertools.pairwise(times))
-    if not times or not falling or not 0 < times[-1] <= times[0] <= math.pi / 2 + 1e-9:
+    if not times or not falling or not 0 < times[-1] <= times[0] <= LATEST:
         raise UserError(
             f"{key}={list(times)}: expected times that fall strictly from at most π/2 = "
             f"{math.pi / 2:.4f} and stay above 0, such as [1.5708, 1.1]"

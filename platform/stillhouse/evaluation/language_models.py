@@ -1,8 +1,9 @@
 """The evaluation of language models, as `conf/evaluation/language.yaml` names it."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ class Evaluated:
     Attributes:
         models: role -> metric -> number.
         samples: rows of (role, prompt, continuation).
+        pictures: name -> what draws it to a path and returns the path.
     """
 
     models: Mapping[str, Mapping[str, float | int]]
     samples: list[tuple[str, str, str]] = field(default_factory=list)
+    pictures: Mapping[str, Callable[[Path], Path]] = field(default_factory=dict)
 
 
 def language_models(

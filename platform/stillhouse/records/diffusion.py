@@ -1,7 +1,9 @@
-"""What is passed between data, networks and methods of generative models."""
+"""What is passed between data, networks and methods of generative models.
 
-from dataclasses import dataclass, fields
-from typing import Protocol
+Named tuples and not dataclasses: Lightning rebuilds a batch from its parts.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,8 +12,7 @@ from torch import Tensor
 UNCONDITIONAL = -1
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """What samples are to be; a field is None where nothing of its kind is said of any.
 
     Attributes:
@@ -44,17 +45,19 @@ class Condition:
 
     def repeated(self, times: int) -> "Condition":
         """Return the whole batch `times` times, one behind the other."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Condition(*(t if t is None else torch.cat([t] * times) for t in parts))
+        return Condition(*(t if t is None else torch.cat([t] * times) for t in self))
 
     def joined(self, other: "Condition") -> "Condition":
         """Return the samples of both, one behind the other."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        pairs: Any = zip(self, other, strict=True)
         return Condition(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
 
+    def to(self, *args: Any, **kwargs: Any) -> "Condition":
+        """Move every field, as `torch.Tensor.to` does."""
+        return Condition(*(t if t is None else t.to(*args, **kwargs) for t in self))
 
-@dataclass(frozen=True)
-class ImageBatch:
+
+class ImageBatch(NamedTuple):
     """Samples of the data, of unit variance, with what is said of each.
 
     Attributes:
@@ -65,10 +68,12 @@ class ImageBatch:
     x_0: Float[Tensor, "B ..."]
     condition: Condition
 
-    def __len__(self) -> int:
-        return len(self.x_0)
+    def to(self, *args: Any, **kwargs: Any) -> "ImageBatch":
+        """Move every field, as `torch.Tensor.to` does."""
+        return ImageBatch(self.x_0.to(*args, **kwargs), self.condition.to(*args, **kwargs))
 
 
+@runtime_checkable
 class TrigFlowNetwork(Protocol):
     """F(x_t, t), the velocity dx_t/dt on TrigFlow's path."""
 

@@ -27,7 +27,7 @@ class Evaluate:
     seed: int = 0
 
     def __call__(self, context: StageContext) -> StageResult:
-        """Evaluate; write `models.json`, and samples, if any, to `samples.json` and a table."""
+        """Evaluate; write `models.json`, and samples and pictures, if any, beside it."""
         models = {role: path for role, path in self.models.items() if path is not None}
         data = instantiate(self.data, _recursive_=False)(self.seed)
         with context.console.status(f"{context.name}: {', '.join(models)}"):
@@ -37,4 +37,6 @@ class Evaluate:
             write_json(context.output / "samples.json", evaluated.samples)
             columns = ["model", "prompt", "continuation"]
             context.tracker.table("samples", columns, evaluated.samples)
+        for name, draw in evaluated.pictures.items():
+            context.tracker.picture(name, draw(context.output / f"{name}.png"))
         return StageResult(metrics=heard(context, [data]), models=evaluated.models)

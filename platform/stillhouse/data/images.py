@@ -1,0 +1,166 @@
+"""Pictures and points as a LightningDataModule: a source, normalised to unit variance, batches."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from stillhouse.data.language import KeptBatches
+from stillhouse.data.pictures.pictures import Pictures, Samples, Split
+from stillhouse.data.stream import BatchStream
+from stillhouse.errors import UserError
+from stillhouse.ranges import Count, CountFrom0
+from stillhouse.records.diffusion import Condition, ImageBatch
+
+Row = tuple[Tensor, int | None, Tensor | None]
+
+
+class ImageData(pl.LightningDataModule):
+    """Batches of pictures, or of points, with their classes or captions.
+
+    What is read has mean 0 and deviation 1 over all of its values; `mean` and `std` turn it back.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        source: dict[str, Any],
+        batch_size: Count,
+        evaluation_batch_size: Count,
+        max_train_samples: Count | None = None,
+        max_evaluation_rows: Count | None = None,
+        distinct_train_batches: Count | None = None,
+        num_workers: CountFrom0 = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Describe the data; nothing is read before it is asked for.
+
+        Args:
+            seed: of the order of training.
+            source: node of a function that returns `Pictures`.
+            batch_size: samples a training batch and device.
+            evaluation_batch_size: samples a validation or test batch.
+            max_train_samples: train on the first n samples; null takes all.
+            max_evaluation_rows: validate and test on n samples; null takes all.
+            distinct_train_batches: train on n batches over and over; null takes all.
+            num_workers, pin_memory: as in `torch.utils.data.DataLoader`.
+        """
+        super().__init__()
+        self.seed = seed
+        self.source_node = source
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.max_train_samples = max_train_samples
+        self.max_evaluation_rows = max_evaluation_rows
+        self.distinct_train_batches = distinct_train_batches
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+
+    @cached_property
+    def source(self) -> Pictures:
+        """The data set."""
+        return instantiate(self.source_node)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; empty where there are none."""
+        return self.source.classes
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (D,) of points."""
+        return tuple(self.source.splits["train"].values.shape[1:])
+
+    @property
+    def caption_width(self) -> int:
+        """Width of the captions' embeddings; 0 without captions."""
+        return 0
+
+    @cached_property
+    def mean(self) -> float:
+        """Of all values of training."""
+        values = self.source.splits["train"].values
+        return 0.0 if values.ndim == 2 else float(values.double().mean())
+
+    @cached_property
+    def std(self) -> float:
+        """Of all values of training."""
+        values = self.source.splits["train"].values
+        return 1.0 if values.ndim == 2 else float(values.double().std())
+
+    def samples(self, split: Split) -> Samples:
+        """Return the samples of a split that are used, as the source has them."""
+        samples = self.source.splits[split]
+        most = self.max_train_samples if split == "train" else self.max_evaluation_rows
+        return samples if most is None else samples.picked(torch.arange(min(most, len(samples))))
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """Return values of mean 0 and deviation 1."""
+        return (values - self.mean) / self.std
+
+    def restored(self, x_0: Tensor) -> Tensor:
+        """Return what `normalised` was made of."""
+        return x_0 * self.std + self.mean
+
+    def collate(self, rows: Sequence[int], split: Split = "train") -> ImageBatch:
+        """Return a batch of samples by their places."""
+        samples = self.samples(split).picked(torch.as_tensor(rows))
+        return ImageBatch(self.normalised(samples.values), Condition(labels=samples.labels))
+
+    def prepare_data(self) -> None:
+        """Read the source.
+
+        Raises:
+            UserError: for an empty split.
+        """
+        for split, samples in self.source.splits.items():
+            if not len(samples):
+                raise UserError(f"data.source: {self.source.name} has no samples for {split}")
+
+    def train_dataloader(self) -> BatchStream:
+        """Return the stream of the whole training; Lightning's trainer says how long it is."""
+        trainer = self.trainer
+        assert trainer is not None
+        count = len(self.samples("train"))
+        if self.distinct_train_batches is not None:
+            count = min(count, self.distinct_train_batches * self.batch_size)
+        return BatchStream(
+            _Places(count),
+            batch_size=self.batch_size,
+            num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            seed=self.seed,
+            collate=self.collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def val_dataloader(self) -> KeptBatches[ImageBatch]:
+        """Return the validation batches."""
+        return KeptBatches(list(self.evaluation_batches("validation")))
+
+    def evaluation_batches(self, split: Split) -> Iterator[ImageBatch]:
+        """Yield the samples of a split in their order."""
+        places = list(range(len(self.samples(split))))
+        size = self.evaluation_batch_size
+        for start in range(0, len(places), size):
+            yield self.collate(places[start : start + size], split)
+
+
+class _Places:
+    """The stream draws places; the batch is gathered from them at once."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int, generator: torch.Generator) -> int:
+        return index

@@ -1,0 +1,1 @@
+"""Pictures and points with labels or captions, by source."""

@@ -1,0 +1,1 @@
+"""Few-step generators: students of diffusion and flow models that need one to four calls."""

@@ -1,0 +1,43 @@
+"""What a method of the family is called with besides the batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from stillhouse.records.diffusion import TrigFlowNetwork
+from stillhouse.records.losses import LossTerms
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks that a method calls; it keeps none of them.
+
+    Attributes:
+        student: what learns.
+        teacher: frozen; None where a method has none.
+        log_variance: u(t), learnt beside the student and left behind; None where losses are not
+            weighted by what is learnt.
+    """
+
+    student: TrigFlowNetwork
+    teacher: TrigFlowNetwork | None
+    log_variance: Callable[[Float[Tensor, "B"]], Float[Tensor, "B"]] | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where training stands.
+
+    Attributes:
+        update: how many updates the student has had.
+        updates: how many it will have.
+    """
+
+    update: int
+    updates: int
+
+
+TimestepMethod = Callable[[Networks, Any, Phase, Generator], LossTerms]

@@ -1,0 +1,304 @@
+"""Generators: models of diffusers as networks on TrigFlow's path, made, loaded and handed on.
+
+A builder is called with (data) and returns a `Denoiser`. What is handed on is a folder that
+diffusers reads as a pipeline, without this project: the network, and the code of both beside them.
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from torch import Tensor, nn
+
+from stillhouse.data.images import ImageData
+from stillhouse.diffusion.paths import RECTIFIED_FLOW, flow
+from stillhouse.diffusion.trigflow import TrigFlowView
+from stillhouse.errors import UserError
+from stillhouse.ranges import Count, Positive
+from stillhouse.records.diffusion import Condition
+from stillhouse.students import few_step_pipeline, modeling_few_step
+from stillhouse.students.modeling_few_step import PointNetwork, SmallDiT
+
+INDEX = "model_index.json"
+COMPONENT = "transformer"
+OWN = {"SmallDiT": SmallDiT, "PointNetwork": PointNetwork}
+
+
+class Denoiser(TrigFlowView):
+    """A model of diffusers that predicts the velocity of a rectified flow, as F on TrigFlow's path.
+
+    Args:
+        model: of diffusers.
+
+    Attributes:
+        model: the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(_Called(model), RECTIFIED_FLOW, flow)
+
+    @property
+    def model(self) -> Any:
+        """The model of diffusers."""
+        return self.network.model
+
+    def save(
+        self,
+        folder: Path,
+        data: ImageData,
+        *,
+        times: Mapping[str, Sequence[float]],
+        guidance_scale: float,
+    ) -> None:
+        """Write a pipeline.
+
+        Args:
+            folder: where to.
+            data: whose mean, deviation and classes the pipeline keeps.
+            times: of a consistency model, by number of steps; empty for a flow.
+            guidance_scale: its default.
+        """
+        own = type(self.model).__name__ in OWN
+        self.model.save_pretrained(folder / COMPONENT)
+        if own:
+            shutil.copy(modeling_few_step.__file__, folder / COMPONENT / "modeling_few_step.py")
+        shutil.copy(few_step_pipeline.__file__, folder / "few_step_pipeline.py")
+        library = "modeling_few_step" if own else "diffusers"
+        index = {
+            "_class_name": ["few_step_pipeline", "FewStepPipeline"],
+            "_diffusers_version": self.model.config["_diffusers_version"],
+            COMPONENT: [library, type(self.model).__name__],
+            "times": {steps: list(values) for steps, values in times.items()},
+            "mean": data.mean,
+            "std": data.std,
+            "guidance_scale": guidance_scale,
+            "classes": list(data.classes),
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _Called(nn.Module):
+    """Calls a model of diffusers by its own names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, x: Tensor, s: Tensor, condition: Condition, guidance_scale: Tensor | None
+    ) -> Tensor:
+        if isinstance(self.model, UNet2DModel):
+            labels = condition.labels
+            if labels is not None:
+                none = self.model.config["num_class_embeds"] - 1
+                labels = labels.where(labels >= 0, none)
+            return self.model(x, s, class_labels=labels).sample
+        return self.model(
+            x,
+            s,
+            class_labels=condition.labels,
+            encoder_hidden_states=condition.embeddings,
+            encoder_attention_mask=condition.mask,
+            guidance=guidance_scale,
+        ).sample
+
+
+def small_dit(
+    data: ImageData,
+    *,
+    patch_size: Count,
+    width: Count,
+    num_layers: Count,
+    num_attention_heads: Count,
+    mlp_ratio: Positive,
+    guidance_embeds: bool,
+) -> Denoiser:
+    """Return a new `SmallDiT` for the data's shape and conditions.
+
+    Args:
+        data: the images.
+        patch_size: a divisor of their side.
+        width: a multiple of 4 and of the heads.
+        num_layers, num_attention_heads, mlp_ratio, guidance_embeds: as in `SmallDiT`.
+
+    Raises:
+        UserError: for images that are no squares of patches, and a width that does not divide.
+    """
+    channels, height, width_of_image = data.image_shape
+    if height != width_of_image or height % patch_size:
+        raise UserError(
+            f"student.patch_size={patch_size}: expected a divisor of the side of square images; "
+            f"data.image_size makes them {height} x {width_of_image}"
+        )
+    if width % 4 or width % num_attention_heads:
+        raise UserError(
+            f"student.width={width}, student.num_attention_heads={num_attention_heads}: expected a "
+            "multiple of 4 and of the heads"
+        )
+    return Denoiser(
+        SmallDiT(
+            sample_size=height,
+            in_channels=channels,
+            patch_size=patch_size,
+            width=width,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=len(data.classes),
+            caption_width=data.caption_width,
+            guidance_embeds=guidance_embeds,
+        )
+    )
+
+
+def point_network(
+    data: ImageData, *, width: Count, num_layers: Count, guidance_embeds: bool
+) -> Denoiser:
+    """Return a new `PointNetwork` for points.
+
+    Args:
+        data: the points.
+        width, num_layers, guidance_embeds: as in `PointNetwork`.
+
+    Raises:
+        UserError: for images.
+    """
+    if len(data.image_shape) != 1:
+        raise UserError("student: a point network takes points; expected student=small_dit")
+    return Denoiser(
+        PointNetwork(
+            in_channels=data.image_shape[0],
+            width=width,
+            num_layers=num_layers,
+            num_classes=len(data.classes),
+            guidance_embeds=guidance_embeds,
+        )
+    )
+
+
+def unet(
+    data: ImageData, *, widths: Sequence[int], layers_per_block: Count, norm_num_groups: Count
+) -> Denoiser:
+    """Return a new `UNet2DModel` of diffusers; it attends at its lowest resolution.
+
+    Args:
+        data: images without captions.
+        widths: channels of each resolution, multiples of the groups.
+        layers_per_block, norm_num_groups: as in `UNet2DModel`.
+
+    Raises:
+        UserError: for captions, which it does not read.
+    """
+    if data.caption_width:
+        raise UserError("student: a UNet2DModel reads no captions; expected student=small_dit")
+    channels, side, _ = data.image_shape
+    plain = len(widths) - 1
+    model = UNet2DModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=layers_per_block,
+        norm_num_groups=norm_num_groups,
+        down_block_types=(*["DownBlock2D"] * plain, "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * plain),
+        num_class_embeds=len(data.classes) + 1 if data.classes else None,
+    )
+    return Denoiser(model)
+
+
+def pretrained(data: ImageData, *, path: str, guidance_embeds: bool | None = None) -> Denoiser:
+    """Return the network of a pipeline's folder, as a few-step student begins from its teacher.
+
+    Args:
+        data: of the stage.
+        path: a folder that `Denoiser.save` wrote.
+        guidance_embeds: true gives it an input for the scale of guidance, which has no effect
+            before it is trained; null leaves it as it is.
+
+    Raises:
+        UserError: for a folder without such a pipeline, and data of another shape.
+    """
+    denoiser = load_denoiser(path, key="student.path", guidance_embeds=guidance_embeds)
+    check_shape(denoiser, data, key="student.path", path=path)
+    return denoiser
+
+
+def load_denoiser(path: str, *, key: str, guidance_embeds: bool | None = None) -> Denoiser:
+    """Return the network of a pipeline's folder.
+
+    Args:
+        path: the folder.
+        key: where it stands in the config.
+        guidance_embeds: as in `pretrained`.
+
+    Raises:
+        UserError: for a folder without such a pipeline.
+    """
+    index = pipeline_index(path, key=key)
+    name = index[COMPONENT][1]
+    folder = Path(path).expanduser() / COMPONENT
+    if name == UNet2DModel.__name__:
+        if guidance_embeds:
+            raise UserError(
+                f"student.guidance_embeds=true: the {name} of {key}={path} has no such input; "
+                "expected null, and one guidance scale"
+            )
+        return Denoiser(UNet2DModel.from_pretrained(folder))
+    kind = OWN[name]
+    if not guidance_embeds:
+        return Denoiser(kind.from_pretrained(folder))
+    settings = dict(kind.load_config(folder)) | {"guidance_embeds": True}
+    model: Any = kind.from_config(settings)
+    # What the folder does not have begins at 0, as the new network made it.
+    before = kind.from_pretrained(folder).state_dict()
+    model.load_state_dict(before, strict=False)
+    return Denoiser(model)
+
+
+def pipeline_index(path: str, *, key: str) -> Mapping[str, Any]:
+    """Return a pipeline's `model_index.json`.
+
+    Raises:
+        UserError: where there is none, or one of another kind.
+    """
+    file = Path(path).expanduser() / INDEX
+    try:
+        index = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}={path}: no {INDEX} can be read there; expected the model folder of a run of "
+            "the family timestep"
+        ) from error
+    name = index.get(COMPONENT, ["", ""])[1]
+    if name not in {*OWN, UNet2DModel.__name__}:
+        raise UserError(
+            f"{key}={path}: its network is {name or 'missing'}; expected one of "
+            f"{', '.join([*OWN, UNet2DModel.__name__])}"
+        )
+    return index
+
+
+def check_shape(denoiser: Denoiser, data: ImageData, *, key: str, path: str) -> None:
+    """Refuse a network for samples of another shape.
+
+    Raises:
+        UserError: naming both shapes.
+    """
+    settings = denoiser.model.config
+    side = settings.get("sample_size")
+    shape = (settings["in_channels"], *([] if side is None else [side, side]))
+    if shape != data.image_shape:
+        raise UserError(
+            f"{key}={path}: its samples are {' x '.join(map(str, shape))}, those of data are "
+            f"{' x '.join(map(str, data.image_shape))}"
+        )
+
+
+Builder = Callable[[ImageData], Denoiser]
+Model = ModelMixin | ConfigMixin
