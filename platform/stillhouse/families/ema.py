@@ -43,7 +43,8 @@ class MovingAverage(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
-        self._average, self._updates = dict(state_dict["average"]), state_dict["updates"]
+        self._average = {name: t.clone() for name, t in state_dict["average"].items()}
+        self._updates = state_dict["updates"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with the weights as they are, or with what a checkpoint held."""
