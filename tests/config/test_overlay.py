@@ -31,6 +31,15 @@ def test_every_leaf_of_the_name_is_set_and_interpolations_stay() -> None:
     assert laid.stages.student.trainer.max_steps == 2
 
 
+def test_a_stage_of_that_name_is_no_leaf() -> None:
+    laid = config()
+    laid.debug.everywhere.teacher = 3
+    laid.stages.student.teacher = 900
+    overlay.apply(laid, set())
+    assert laid.stages.teacher.trainer.max_steps == 2
+    assert laid.stages.student.teacher == 3
+
+
 def test_what_the_user_set_wins() -> None:
     laid = config()
     laid.trainer.max_steps = 40

@@ -65,7 +65,8 @@ def _lay_over(node: Any, values: dict[str, Any], kept: set[str], prefix: str) ->
             path = f"{prefix}{key}"
             if path in ("debug", "hydra") or OmegaConf.is_interpolation(node, str(key)):
                 continue
-            if key in values and path not in kept:
+            inner = not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig)
+            if key in values and path not in kept and not inner:
                 node[key] = values[str(key)]
             elif not OmegaConf.is_missing(node, key):
                 _lay_over(node[key], values, kept, f"{path}.")

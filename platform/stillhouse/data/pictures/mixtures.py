@@ -37,19 +37,23 @@ def ring(
     return GaussianMixture(means, [deviation] * components, labels=labels)
 
 
-def drawn(*, mixture: GaussianMixture, train: Count = 20_000, held_out: Count = 4_000) -> Pictures:
+def drawn(
+    *, mixture: GaussianMixture, train_points: Count = 20_000, held_out_points: Count = 4_000
+) -> Pictures:
     """Return samples of a mixture as a data set.
 
     Args:
         mixture: what is drawn from.
-        train, held_out: how many, for training, and for validation and for test each.
+        train_points, held_out_points: how many, for training, and for validation and test each.
     """
-    splits: Mapping[Split, Samples] = {
-        split: _samples(mixture, count, seed)
-        for seed, (split, count) in enumerate(
-            {"train": train, "validation": held_out, "test": held_out}.items()
-        )
-    }  # type: ignore[assignment]
+    counts: Mapping[Split, int] = {
+        "train": train_points,
+        "validation": held_out_points,
+        "test": held_out_points,
+    }
+    splits: dict[Split, Samples] = {
+        split: _samples(mixture, count, seed) for seed, (split, count) in enumerate(counts.items())
+    }
     classes = tuple(str(label) for label in range(mixture.num_classes))
     return Pictures("a mixture of Gaussians", "none needed", classes, splits)
 
