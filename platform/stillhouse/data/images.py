@@ -1,6 +1,6 @@
 """Pictures and points as a LightningDataModule: a source, normalised to unit variance, batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,6 @@ from stillhouse.data.stream import BatchStream
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count, CountFrom0
 from stillhouse.records.diffusion import Condition, ImageBatch
-
-Row = tuple[Tensor, int | None, Tensor | None]
 
 
 class ImageData(pl.LightningDataModule):
@@ -124,17 +122,20 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         """Return the stream of the whole training; Lightning's trainer says how long it is."""
+        return self.stream(Places(len(self.samples("train"))), self.collate)
+
+    def stream(self, places: "Places", collate: Callable[[list[int]], Any]) -> BatchStream:
+        """Return a stream of places, gathered into batches by `collate`."""
         trainer = self.trainer
         assert trainer is not None
-        count = len(self.samples("train"))
         if self.distinct_train_batches is not None:
-            count = min(count, self.distinct_train_batches * self.batch_size)
+            places = Places(min(len(places), self.distinct_train_batches * self.batch_size))
         return BatchStream(
-            _Places(count),
+            places,
             batch_size=self.batch_size,
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             seed=self.seed,
-            collate=self.collate,
+            collate=collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             rank=trainer.global_rank,
@@ -153,8 +154,8 @@ class ImageData(pl.LightningDataModule):
             yield self.collate(places[start : start + size], split)
 
 
-class _Places:
-    """The stream draws places; the batch is gathered from them at once."""
+class Places:
+    """What a stream draws: places in the data, which a batch gathers at once."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -163,4 +164,5 @@ class _Places:
         return self.count
 
     def sample(self, index: int, generator: torch.Generator) -> int:
+        """Return the place."""
         return index

@@ -73,6 +73,25 @@ class ImageBatch(NamedTuple):
         return ImageBatch(self.x_0.to(*args, **kwargs), self.condition.to(*args, **kwargs))
 
 
+class PairBatch(NamedTuple):
+    """Noise, and the samples that a flow turned it into.
+
+    Attributes:
+        noise: [B, ...].
+        x_0: of each, of the same shape.
+        condition: of each.
+    """
+
+    noise: Float[Tensor, "B ..."]
+    x_0: Float[Tensor, "B ..."]
+    condition: Condition
+
+    def to(self, *args: Any, **kwargs: Any) -> "PairBatch":
+        """Move every field, as `torch.Tensor.to` does."""
+        noise, x_0 = (part.to(*args, **kwargs) for part in (self.noise, self.x_0))
+        return PairBatch(noise, x_0, self.condition.to(*args, **kwargs))
+
+
 @runtime_checkable
 class TrigFlowNetwork(Protocol):
     """F(x_t, t), the velocity dx_t/dt on TrigFlow's path."""
