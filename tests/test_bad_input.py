@@ -10,6 +10,7 @@ from commands import ROOT, TINY, Finished, only_run, run_here, run_process
 from filelock import FileLock
 
 RECIPES = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml"))
+TEACHERS = sorted(p.stem for p in (ROOT / "conf/teacher").glob("*.yaml"))
 METHODS = sorted(p.stem for p in (ROOT / "conf/method").glob("*.yaml"))
 KEYS_OF_WORD_KD = (
     "divergence, beta, alpha, temperature, scale_by_temperature_squared, cross_entropy_weight"
@@ -26,8 +27,8 @@ KEYS_OF_WORD_KD = (
         ),
         (
             ["teacher=life"],
-            "teacher=life: the group teacher has no such option; expected cached, cached_encoder, "
-            "encoder, hf, live; did you mean 'live'?",
+            "teacher=life: the group teacher has no such option; expected "
+            f"{', '.join(TEACHERS)}; did you mean 'live'?",
         ),
         (
             ["method.temprature=2"],
