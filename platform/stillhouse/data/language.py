@@ -186,13 +186,14 @@ class LanguageData(pl.LightningDataModule):
 
     def evaluation_batches(self, split: Split) -> Iterator[SequenceBatch]:
         """Yield the batches of a split in the order of the text."""
-        windows = self.windows(split).in_order()
+        windows = self.windows(split)
+        wanted: Sequence[int] = range(len(windows))
         if self.max_evaluation_windows is not None and len(windows) > self.max_evaluation_windows:
             stride = len(windows) / self.max_evaluation_windows
-            windows = [windows[int(i * stride)] for i in range(self.max_evaluation_windows)]
+            wanted = [int(i * stride) for i in range(self.max_evaluation_windows)]
         size = self.evaluation_batch_size
-        for start in range(0, len(windows), size):
-            yield self.collate(windows[start : start + size])
+        for start in range(0, len(wanted), size):
+            yield self.collate(windows.in_order(wanted[start : start + size]))
 
 
 class KeptBatches(Generic[Batch]):

@@ -37,15 +37,17 @@ class TrainTokenizer:
     Attributes:
         corpus: node of a function that returns a `Corpus`; only its training part is learnt from.
         vocab_size: tokens in all, the 256 bytes and the special tokens included.
+        max_train_documents: learn from the first n documents only; null takes all.
     """
 
     corpus: dict[str, Any]
     vocab_size: Count
+    max_train_documents: Count | None = None
 
     def __call__(self, context: StageContext) -> StageResult:
         """Train the tokenizer and save it."""
         corpus: Corpus = instantiate(self.corpus)
-        documents = corpus.documents("train")
+        documents = corpus.documents("train")[: self.max_train_documents]
         parts = corpus.splits.values()
         has_chats = any(isinstance(d, Conversation) for part in parts for d in part)
         special_tokens = [END_TOKEN, "<|pad|>", *(ROLE_TOKENS if has_chats else ())]

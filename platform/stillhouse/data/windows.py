@@ -83,7 +83,8 @@ class TokenWindows:
             spans = _cut(0, len(row) - 1, length)
         self.tokens = torch.tensor(row, dtype=torch.int32)
         self.learned = torch.tensor(learned, dtype=torch.bool)
-        self.spans = [(a, b) for a, b in spans if bool(self.learned[a + 1 : b + 1].any())]
+        self.spans = spans
+        self.spans = [span for span, n in zip(spans, self.learned_lengths(), strict=True) if n]
         self.length = length
         self.shift_windows = shift_windows
 
@@ -105,7 +106,7 @@ class TokenWindows:
         learned = self.learned[start + 1 : stop + 1]
         return Window(input_ids=stretch[:-1], labels=stretch[1:], learned=learned, index=index)
 
-    def in_order(self, indices: range | None = None) -> list[Window]:
+    def in_order(self, indices: Sequence[int] | None = None) -> list[Window]:
         """Return windows in the order of the text, unshifted; all of them where none are named."""
         wanted = range(len(self.spans)) if indices is None else indices
         return [self.window(i) for i in wanted]
@@ -117,7 +118,8 @@ class TokenWindows:
     def learned_lengths(self) -> list[int]:
         """Return how many tokens are learnt of every window."""
         sums = torch.cat([torch.zeros(1, dtype=torch.long), self.learned.cumsum(0)])
-        return [int(sums[stop + 1] - sums[start + 1]) for start, stop in self.spans]
+        starts, stops = torch.tensor(self.spans, dtype=torch.long).reshape(-1, 2).T + 1
+        return (sums[stops] - sums[starts]).tolist()
 
     def identity(self) -> str:
         """Return the hash of every window's tokens and of what is learnt of them."""
