@@ -1,10 +1,11 @@
 """Compile every kernel configuration that dispatch can choose, without a GPU, and read it back.
 
 `python -m stillhouse_kernels.aot` compiles for sm_80, sm_90 and sm_100 as a launch would and prints
-one row a configuration, with `--summary` one a kernel and chip. The exit code is 1 where one
-spills, needs more memory than a block of that chip may have, multiplies outside the matrix unit or
-in tf32, or does not compile. What is read back, and where, `machine_code` says. A time is that of
-this run; what Triton's cache held has none (TRITON_ALWAYS_COMPILE=1 compiles all).
+one row a configuration, with `--summary` one a kernel and chip; `--pairs` takes about half of them,
+in which any two choices of a kernel meet. The exit code is 1 where one spills, needs more memory
+than a block of that chip may have, multiplies outside the matrix unit or in tf32, or does not
+compile. What is read back, and where, `machine_code` says. A time is that of this run; what
+Triton's cache held has none (TRITON_ALWAYS_COMPILE=1 compiles all).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,7 @@ def compile_all(
     chips: Sequence[int] = tuple(SHARED_MEMORY_LIMITS),
     ops: Sequence[str] | None = None,
     match: str = "",
+    pairs: bool = False,
     jobs: int | None = None,
 ) -> list[Report]:
     """Compile the kernel configurations of operations for chips and read the machine code back.
@@ -108,6 +111,8 @@ def compile_all(
         chips: compute capabilities.
         ops: names of operations, or dotted modules with a `compilations`; None for all.
         match: text that occurs in the operation, kernel and label, as `str(report)` writes them.
+        pairs: leave out configurations whose every two choices meet in others: a dtype and a head
+            dimension, a tile and a mask. What matches is taken of the rest.
         jobs: processes; None for one a CPU. With 1 no other process is started.
 
     Returns:
@@ -124,7 +129,7 @@ def compile_all(
         (op, chip, index)
         for op in ops
         for chip in chips
-        for index, it in enumerate(_compilations(op, chip))
+        for index, it in _wanted(op, chip, pairs=pairs)
         if match in _name(op, it.kernel.__name__, it.label, chip)
     ]
     if not tasks:
@@ -176,6 +181,34 @@ def _module(op: str) -> Any:
 @cache
 def _compilations(op: str, chip: int) -> tuple[Compilation, ...]:
     return tuple(_module(op).compilations(chip))
+
+
+def _wanted(op: str, chip: int, *, pairs: bool) -> list[tuple[int, Compilation]]:
+    every = _compilations(op, chip)
+    return [(i, every[i]) for i in (_pairwise(every) if pairs else range(len(every)))]
+
+
+def _pairwise(compilations: Sequence[Compilation]) -> list[int]:
+    """Indices of some in which any two properties of a kernel meet that meet in one of all.
+
+    Always the next is the one with most pairs that none has yet; of several the last, for large
+    tiles and masks are listed last.
+    """
+    pairs = [_pairs(it) for it in compilations]
+    left = set[Any]().union(*pairs)
+    chosen: list[int] = []
+    while left:
+        best = max(range(len(pairs)), key=lambda i: (len(pairs[i] & left), i))
+        left -= pairs[best]
+        chosen.append(best)
+    return sorted(chosen)
+
+
+def _pairs(it: Compilation) -> set[Any]:
+    typed = {name: (kind, name in it.divisible) for name, kind in it.signature.items()}
+    launch = {"num_warps": it.num_warps, "num_stages": it.num_stages}
+    properties = sorted({**typed, **it.constexprs, **launch}.items(), key=lambda item: item[0])
+    return {(it.kernel.__name__, *two) for two in combinations(properties, 2)}
 
 
 Task = tuple[str, int, int]  # operation, chip, index in `_compilations`: a kernel does not pickle
@@ -319,6 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chips", nargs="+", type=int, default=list(SHARED_MEMORY_LIMITS))
     parser.add_argument("--ops", nargs="+", help=f"some of {known}; default: all")
     parser.add_argument("--match", default="", help="only what has this text in its name")
+    parser.add_argument("--pairs", action="store_true", help="half, where any two choices meet")
     parser.add_argument("--jobs", type=int, help="processes; default: the CPUs")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     parser.add_argument("--summary", action="store_true", help="one row a kernel and chip")
@@ -333,7 +367,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None and not options.json.absolute().parent.is_dir():
             raise ValueError(f"--json {options.json}: there is no folder {options.json.parent}")
         reports = compile_all(
-            chips=options.chips, ops=options.ops, match=options.match, jobs=options.jobs
+            chips=options.chips,
+            ops=options.ops,
+            match=options.match,
+            pairs=options.pairs,
+            jobs=options.jobs,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
