@@ -168,14 +168,22 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         time.sleep(0.01)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_process(*LONG, folder=folder, cache=folder / "cache")
+    assert done.code == 0, done.err
+    return only_run(folder / "outputs")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_resumed_equals_uninterrupted_with_dropout(tmp_path: Path, how) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
+def test_stopped_and_resumed_equals_uninterrupted_with_dropout(
+    tmp_path: Path, uninterrupted: Path, how
+) -> None:
+    broken = tmp_path / "broken"
     broken.mkdir()
-    done = run_process(*LONG, folder=whole, cache=tmp_path / "cache")
-    assert done.code == 0, done.err
     process = start(broken, *LONG)
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
@@ -190,12 +198,9 @@ def test_stopped_and_resumed_equals_uninterrupted_with_dropout(tmp_path: Path, h
     assert "train: going on from step" in done.out
     model = Path("stages/train/model.safetensors")
     resumed = load_file(folder / model)
-    for name, tensor in load_file(only_run(whole / "outputs") / model).items():
+    for name, tensor in load_file(uninterrupted / model).items():
         assert_close(resumed[name], tensor, rtol=0, atol=0)
-    assert (
-        stages_of(folder)["train"]["metrics"]
-        == (stages_of(only_run(whole / "outputs"))["train"]["metrics"])
-    )
+    assert stages_of(folder)["train"]["metrics"] == stages_of(uninterrupted)["train"]["metrics"]
 
 
 @pytest.mark.parametrize(
