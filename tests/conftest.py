@@ -1,5 +1,6 @@
 """What every test needs: nothing fetched, one thread, and a tiny language model."""
 
+import gc
 import inspect
 import io
 import os
@@ -14,10 +15,27 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# For the processes that tests start: two workers of `pytest -n 2` share two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Read when a kernel is defined: without a GPU, Triton's interpreter runs it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that the workers of `pytest -n 2` end together."""
+
+    def minutes(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("slow")
+        return mark.kwargs.get("minutes", 0) if mark else 0
+
+    items.sort(key=minutes, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections, which evaluators ask for, pass over what the collection has imported."""
+    gc.freeze()
 
 
 @pytest.fixture

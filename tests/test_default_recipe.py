@@ -7,7 +7,7 @@ import pytest
 from commands import only_run, run_process
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 def test_distillation_closes_a_quarter_of_the_gap(tmp_path: Path) -> None:
     done = run_process("tracking=csv", folder=tmp_path, cache=tmp_path / "cache", seconds=1500)
     assert done.code == 0, done.err
