@@ -18,7 +18,7 @@ from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.families.window_means import WindowMeans
-from stillhouse.records.diffusion import ImageBatch
+from stillhouse.records.diffusion import ImageBatch, PairBatch
 from stillhouse.records.losses import LossTerms
 
 # Steps that a flow is integrated in at a validation.
@@ -93,7 +93,7 @@ class TimestepDistiller(Distiller):
         student: Any = self.student
         check_network(self.student, lambda x, t: student(x, t, condition, scale), x, t)
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ImageBatch | PairBatch, batch_idx: int) -> Tensor:
         """Return the sum of the loss over the batch's samples, ready for accumulation."""
         stream = self.trainer.train_dataloader
         assert isinstance(stream, BatchStream)
