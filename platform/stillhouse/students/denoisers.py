@@ -8,11 +8,12 @@ diffusers reads as a pipeline, without this project: the network, and the code o
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from stillhouse.data.images import ImageData
@@ -93,10 +94,11 @@ class _Called(nn.Module):
         self, x: Tensor, s: Tensor, condition: Condition, guidance_scale: Tensor | None
     ) -> Tensor:
         if isinstance(self.model, UNet2DModel):
-            labels = condition.labels
-            if labels is not None:
-                none = self.model.config["num_class_embeds"] - 1
-                labels = labels.where(labels >= 0, none)
+            labels, classes = condition.labels, self.model.config["num_class_embeds"]
+            if classes is not None:
+                # It knows no sample without a class: its last class stands for it.
+                none = torch.full((len(x),), classes - 1, device=x.device)
+                labels = none if labels is None else labels.where(labels >= 0, none)
             return self.model(x, s, class_labels=labels).sample
         return self.model(
             x,
@@ -298,7 +300,3 @@ def check_shape(denoiser: Denoiser, data: ImageData, *, key: str, path: str) -> 
             f"{key}={path}: its samples are {' x '.join(map(str, shape))}, those of data are "
             f"{' x '.join(map(str, data.image_shape))}"
         )
-
-
-Builder = Callable[[ImageData], Denoiser]
-Model = ModelMixin | ConfigMixin

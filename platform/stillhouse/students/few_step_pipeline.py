@@ -12,6 +12,7 @@ A consistency model jumps to x_0 = cos t x_t - sin t F and noises again to the n
 Any other is integrated, x' = cos d x - sin d F, with classifier-free guidance where it is asked.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,7 +165,17 @@ class FewStepPipeline(DiffusionPipeline):
         cos, sin = math.cos(t), math.sin(t)
         scale = 1 / (sin + cos)
         s = torch.full((len(x),), scale * sin, dtype=torch.float64, device=x.device)
-        v = self.transformer(scale * x, s, **condition, guidance=guidance).sample
+        taken = inspect.signature(self.transformer.forward).parameters
+        said = {**condition, "guidance": guidance}
+        unread = self.transformer.config.get("num_class_embeds")
+        if unread is not None:
+            # diffusers' UNet2DModel knows no sample without a class: its last class stands for it.
+            labels = condition["class_labels"]
+            none = torch.full((len(x),), unread - 1, device=x.device)
+            said["class_labels"] = none if labels is None else labels.where(labels >= 0, none)
+        v = self.transformer(
+            scale * x, s, **{name: value for name, value in said.items() if name in taken}
+        ).sample
         return scale * v + (cos - sin) * scale * x
 
     def _noise(self, count: int, generator: torch.Generator | None) -> Tensor:
