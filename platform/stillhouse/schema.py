@@ -124,7 +124,11 @@ class Sampling:
         temperature: 0 takes the likeliest token.
         seed: of the draws.
         chat: ask each prompt as a user's message, by the tokenizer's chat template.
-        to: folder of `samples.json`.
+        classes: of a generator, names of the classes to draw; null draws all.
+        num_images: of a generator, samples a class.
+        num_inference_steps: of a generator; null takes 1 of a few-step model, 50 of a flow.
+        guidance_scale: of a generator; null takes its own.
+        to: folder of `samples.json`, or of `samples.png`.
     """
 
     _target_: str = MISSING
@@ -135,6 +139,10 @@ class Sampling:
     temperature: float = 0.7
     seed: int = 0
     chat: bool = False
+    classes: Any = None
+    num_images: int = 10
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     to: str = "sample"
 
 

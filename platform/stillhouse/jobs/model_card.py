@@ -119,7 +119,14 @@ def _loading(architecture: Mapping[str, Any]) -> list[str]:
     """Return how to load it with its library alone."""
     if "architectures" not in architecture:
         lines = ["from diffusers import DiffusionPipeline", ""]
-        lines += ['pipeline = DiffusionPipeline.from_pretrained("<this folder>")']
+        # A pipeline that names a file brings code of its own along.
+        own_code = isinstance(architecture.get("_class_name"), list)
+        trusted = ", trust_remote_code=True" if own_code else ""
+        lines += [f'pipeline = DiffusionPipeline.from_pretrained("<this folder>"{trusted})']
+        if own_code:
+            said = "class_labels=[0, 1]" if architecture.get("classes") else "num_images=2"
+            steps = next(iter(architecture.get("times") or {"50": None}))
+            lines += [f"samples = pipeline({said}, num_inference_steps={steps}).images"]
     else:
         _, loader = _task(architecture)
         # A model with code of its own brings that along.
@@ -181,8 +188,16 @@ def _training(run: FinishedRun, origins: Origins) -> Iterator[str]:
 
 def _described(node: Mapping[str, Any]) -> str:
     """Return a node's target and its settings in one line."""
-    settings = [f"{k}={v}" for k, v in node.items() if not k.startswith("_")]
+    settings = [f"{k}={_value(v)}" for k, v in node.items() if not k.startswith("_")]
     return f"`{node['_target_']}`" + (f" with {', '.join(settings)}" if settings else "")
+
+
+def _value(value: Any) -> str:
+    """Return a setting; of a node, the name of its target and its own settings."""
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        return str(value)
+    settings = [f"{k}={_value(v)}" for k, v in value.items() if not k.startswith("_")]
+    return f"{value['_target_'].rpartition('.')[2]}({', '.join(settings)})"
 
 
 def _teachers(run: FinishedRun, origins: Origins) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from hydra.utils import instantiate
 
 from stillhouse.data.corpora.corpus import Corpus
+from stillhouse.data.pictures.pictures import Pictures
 from stillhouse.files import files_of, sha256_of
 from stillhouse.jobs.finished_run import FinishedRun, is_hub_id, texts_of
 
@@ -51,7 +52,7 @@ class Origins:
     weights: Sequence[str]
     synthetic: Sequence[str]
     sources: Sequence[Source]
-    corpora: Sequence[Corpus]
+    corpora: Sequence[Corpus | Pictures]
     licences: Mapping[str, Path]
 
     @property
@@ -135,12 +136,12 @@ def _models(run: FinishedRun, what: Any, nodes: Sequence[Any], wanted: str) -> I
                 yield outside if made_by is None else Source(what, made_by, "stage")
 
 
-def _corpora(run: FinishedRun, nodes: Sequence[Mapping[str, Any]]) -> list[Corpus]:
+def _corpora(run: FinishedRun, nodes: Sequence[Mapping[str, Any]]) -> list[Corpus | Pictures]:
     """Read the corpora of the stages, each once."""
     found: list[Mapping[str, Any]] = []
     for node in nodes:
         for holder in (node, node.get("data") or {}):
-            corpus = holder.get("corpus")
+            corpus = holder.get("corpus") or holder.get("source")
             if corpus is not None and corpus not in found:
                 found.append(corpus)
     return [instantiate(run.located(corpus)) for corpus in found]

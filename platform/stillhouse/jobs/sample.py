@@ -1,4 +1,4 @@
-"""The job `sample`: read what a finished run's model writes, token by token as it writes it."""
+"""The job `sample`: read what a finished run's model writes, as it writes, or see what it draws."""
 
 import sys
 from collections.abc import Sequence
@@ -13,15 +13,18 @@ from stillhouse.errors import UserError
 from stillhouse.files import write_json
 from stillhouse.jobs.finished_run import FinishedRun, as_texts, read_run
 from stillhouse.jobs.places import output_folder
+from stillhouse.jobs.sample_images import sample_images
 from stillhouse.tracking.compare import publish
 
+PIPELINE = "model_index.json"
 EXAMPLE = "In the beginning,And God said"
 # A model may write any byte. What a terminal would take for a command is shown, not obeyed.
 COMMANDS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def sample_run(config: DictConfig, folder: Path) -> None:
-    """Continue the prompts and write `samples.json`, in the form of the run's own.
+    """Continue the prompts and write `samples.json`, in the form of the run's own; of a generator,
+    draw its classes.
 
     Args:
         config: a `schema.Sampling`.
@@ -34,8 +37,11 @@ def sample_run(config: DictConfig, folder: Path) -> None:
     to = output_folder(config.to)
     run = read_run(config)
     role = run.role(config.role)
-    prompts = _prompts(run, config)
     path = run.model(role)
+    if (Path(path) / PIPELINE).is_file():
+        sample_images(config, role, path, to)
+        return
+    prompts = _prompts(run, config)
 
     import torch
 

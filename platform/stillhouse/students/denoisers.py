@@ -23,6 +23,7 @@ from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive
 from stillhouse.records.diffusion import Condition
 from stillhouse.students import few_step_pipeline, modeling_few_step
+from stillhouse.students.few_step_pipeline import FewStepPipeline
 from stillhouse.students.modeling_few_step import PointNetwork, SmallDiT
 
 INDEX = "model_index.json"
@@ -261,6 +262,18 @@ def load_denoiser(path: str, *, key: str, guidance_embeds: bool | None = None) -
     before = kind.from_pretrained(folder).state_dict()
     model.load_state_dict(before, strict=False)
     return Denoiser(model)
+
+
+def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
+    """Return the pipeline of a folder, by this project's own code and not by the folder's.
+
+    Raises:
+        UserError: for a folder without such a pipeline.
+    """
+    index = pipeline_index(path, key=key)
+    names = ("times", "mean", "std", "guidance_scale", "classes")
+    settings = {name: index[name] for name in names}
+    return FewStepPipeline(load_denoiser(path, key=key).model.eval(), **settings)
 
 
 def pipeline_index(path: str, *, key: str) -> Mapping[str, Any]:
