@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stillhouse.diffusion.guidance import fixed, guided
 from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.diffusion.paths import along
-from stillhouse.diffusion.tangents import central_difference, functional
+from stillhouse.diffusion.tangents import central_difference, functional, one_pass
 from stillhouse.diffusion.times import log_normal
 from stillhouse.diffusion.trigflow import denoised, noised
 from stillhouse.errors import TrainingDiverged, UserError
@@ -20,6 +20,8 @@ from stillhouse.families.timestep.scm import scm
 from stillhouse.objectives.consistency import by_noise, even, scm_tangent
 from stillhouse.records.diffusion import Condition, ImageBatch
 from stillhouse.records.losses import LossTerms
+from stillhouse.students.denoisers import Denoiser
+from stillhouse.students.modeling_few_step import SmallDiT
 
 # N(0.3, 0.2²) of the card, whose unit is σ_d = 0.5.
 UNIT = 0.5
@@ -92,6 +94,27 @@ def test_the_consistency_function_of_a_gaussian_is_learnt() -> None:
 def test_a_difference_serves_as_a_tangent() -> None:
     way = partial(central_difference, step=1e-2)
     assert trained(partial(EVEN, tangent=way)) < 0.01
+
+
+def test_one_pass_has_the_gradients_of_two() -> None:
+    """With attention inside, whose tangent and gradient come from the same operation."""
+    torch.manual_seed(0)
+    network = SmallDiT(sample_size=4, width=16, num_layers=2, num_attention_heads=2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    student = Denoiser(network)
+    x_t, t = torch.randn(6, 1, 4, 4), torch.linspace(0.2, 1.4, 6, dtype=torch.double)
+    states = States(x_t, t, torch.randn(6, 1, 4, 4), Condition(), torch.ones(6).double())
+    found = []
+    for way in (functional, one_pass):
+        network.zero_grad()
+        total = partial(EVEN, tangent=way)(Networks(student, None, None), states, 1.0).total
+        total.backward()
+        grads = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+        found.append([total.detach(), *grads])
+    assert max(float(g.abs().max()) for g in found[0]) > 1e-3
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_without_the_tangent_it_is_another_function() -> None:

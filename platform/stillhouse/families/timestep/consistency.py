@@ -83,9 +83,10 @@ def consistency(
         return networks.student(x_t, t, states.condition, scale)
 
     x_t, t = states.x_t, states.t
-    F_minus, J = tangent(student, x_t, t, *consistency_direction(states.velocity, t))
-    g = form(F_minus, states.velocity, x_t, J, t, r)
-    F = student(x_t, t)
+    F, J = tangent(student, x_t, t, *consistency_direction(states.velocity, t))
+    g = form(F.detach(), states.velocity, x_t, J, t, r)
+    if not F.requires_grad:
+        F = student(x_t, t)
     finite = finite_rows(g, F)
     lost = 1 - finite.double().mean()
     if lost > max_nan_share:
