@@ -155,3 +155,20 @@ def test_scales_are_drawn_evenly() -> None:
     assert all(abs(float((drawn == w).double().mean()) - 1 / 3) < 0.03 for w in (4, 4.5, 5))
     with pytest.raises(UserError, match="expected at least one number"):
         one_of(3, torch.Generator(), scales=[])
+
+
+def test_a_teacher_without_an_unconditional_branch_cannot_be_guided() -> None:
+    mixture = GaussianMixture([[1.0], [-1.0]], [0.3, 0.5])
+    mixture.unconditional = False
+    x, t = noise(2, 1), torch.tensor([0.3, 0.9], dtype=torch.double)
+    condition = Condition(labels=torch.tensor([0, 1]))
+    generator = torch.Generator()
+    plain = guided(mixture, x, t, condition, fixed(2, generator, scale=1.0))
+    torch.testing.assert_close(plain, mixture(x, t, condition))
+    with pytest.raises(UserError) as refusal:
+        guided(mixture, x, t, condition, fixed(2, generator, scale=4.5))
+    assert str(refusal.value) == (
+        "guidance_scale=4.5: the teacher knows no samples without a condition, so it cannot be "
+        "guided; expected 1, or a teacher that was trained with method.condition_dropout above 0 "
+        "and student.unconditional=true"
+    )

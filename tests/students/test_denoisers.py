@@ -14,7 +14,10 @@ from stillhouse.data.images import ImageData
 from stillhouse.diffusion.guidance import guided
 from stillhouse.diffusion.solvers import ddim, few_step, uniform_grid
 from stillhouse.diffusion.tangents import check_network, functional
+from stillhouse.diffusion.times import uniform
 from stillhouse.errors import UserError
+from stillhouse.families.timestep.networks import Networks, Phase
+from stillhouse.pretraining.denoising import denoising, of_flow
 from stillhouse.records.diffusion import Condition
 from stillhouse.students.denoisers import (
     Denoiser,
@@ -250,3 +253,32 @@ def test_a_generator_of_another_shape(tmp_path: Path) -> None:
     assert str(refusal.value) == (
         f"student.path={tmp_path}: its samples are 1 x 8 x 8, those of data are 2"
     )
+
+
+@pytest.mark.parametrize(("share", "unconditional"), [(0.0, True), (0.1, False)])
+def test_samples_without_a_condition_are_trained_or_unknown(
+    share: float, unconditional: bool
+) -> None:
+    student = small_dit(
+        digits(),
+        patch_size=2,
+        width=16,
+        num_layers=1,
+        num_attention_heads=2,
+        mlp_ratio=2.0,
+        guidance_embeds=False,
+        unconditional=unconditional,
+    )
+    assert student.model.conditioning.classes.num_embeddings == 10 + unconditional
+    batch = next(digits().evaluation_batches("test"))
+    networks, phase = Networks(student, None, None), Phase(0, 1)
+    train = partial(denoising, networks, batch, phase, torch.Generator())
+    with pytest.raises(UserError) as refusal:
+        train(times=uniform, weighting=of_flow, condition_dropout=share)
+    assert str(refusal.value) == (
+        f"method.condition_dropout={share}, student.unconditional={str(unconditional).lower()}: "
+        "samples without a condition are either trained, so that the network can be guided, or "
+        "unknown; expected a share above 0 with true, or 0 with false"
+    )
+    other = 0.1 if unconditional else 0.0
+    assert train(times=uniform, weighting=of_flow, condition_dropout=other).total > 0

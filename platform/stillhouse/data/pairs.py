@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,13 +75,12 @@ def read_pairs(path: str, *, key: str) -> Pairs:
     try:
         facts = PairFacts(**json.loads((folder / FACTS).read_text()))
         tensors = load_file(folder / SAMPLES)
-    except (OSError, ValueError, TypeError) as error:
+        return Pairs(facts, tensors.pop("x_0"), Condition(**tensors))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{key}={path}: no pairs can be read there; expected the artifact of a stage of "
             "conf/stage/record_pairs.yaml"
         ) from error
-    x_0 = tensors.pop("x_0")
-    return Pairs(facts, x_0, Condition(**tensors))
 
 
 def noise_of(seed: int, places: Sequence[int], shape: Sequence[int]) -> Float[Tensor, "B ..."]:

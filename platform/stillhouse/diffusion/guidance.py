@@ -50,9 +50,18 @@ def guided(
         x_t, t: noisy samples and their times.
         condition: of each.
         scale: w of each.
+
+    Raises:
+        UserError: for a scale other than 1 and a network without unconditional samples.
     """
     if bool((scale == 1).all()):
         return network(x_t, t, condition)
+    if not getattr(network, "unconditional", True):
+        raise UserError(
+            f"guidance_scale={float(scale.max()):g}: the teacher knows no samples without a "
+            "condition, so it cannot be guided; expected 1, or a teacher that was trained with "
+            "method.condition_dropout above 0 and student.unconditional=true"
+        )
     both = condition.none().joined(condition)
     none, said = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return none + along(scale, x_t) * (said - none)

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from stillhouse.diffusion.paths import along
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import noised
+from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.objectives.consistency import Weighting
 from stillhouse.ranges import Share
@@ -47,7 +48,19 @@ def denoising(
         times: of `diffusion.times`.
         weighting: w(t).
         condition_dropout: share of samples that are trained without their condition.
+
+    Raises:
+        UserError: for a share that a network without unconditional samples cannot learn from, or
+            that leaves those of one that has them untrained.
     """
+    unconditional = getattr(networks.student, "unconditional", None)
+    if unconditional is not None and unconditional != (condition_dropout > 0):
+        raise UserError(
+            f"method.condition_dropout={condition_dropout}, student.unconditional="
+            f"{str(unconditional).lower()}: samples without a condition are either trained, so "
+            "that the network can be guided, or unknown; expected a share above 0 with true, or 0 "
+            "with false"
+        )
     x_0 = batch.x_0
     t = times(len(x_0), generator).to(x_0.device)
     noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)

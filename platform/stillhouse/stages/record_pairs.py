@@ -1,5 +1,6 @@
 """The stage `record_pairs`: a flow turns noise that a seed addresses into samples, once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from stillhouse.data.images import ImageData
 from stillhouse.data.pairs import PairFacts, Pairs, noise_of
 from stillhouse.diffusion.guidance import guided
-from stillhouse.diffusion.solvers import uniform_grid
+from stillhouse.diffusion.solvers import Solver, uniform_grid
 from stillhouse.files import content_hash
 from stillhouse.ranges import Count, Finite
 from stillhouse.records.diffusion import Condition
@@ -92,8 +93,20 @@ class RecordPairs:
             guidance_scale=self.guidance_scale,
         )
         Pairs(facts, torch.cat(x_0), condition).write(context.output)
-        calls = self.steps * (1 if self.guidance_scale == 1 else 2)
+        calls = calls_of(solver, times) * (1 if self.guidance_scale == 1 else 2)
         return StageResult(metrics={"pairs": self.count, "network_calls": calls * self.count})
+
+
+def calls_of(solver: Solver, times: Sequence[float]) -> int:
+    """Return how often a solver asks for a velocity."""
+    asked: list[Tensor] = []
+
+    def still(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return torch.zeros_like(x)
+
+    solver(still, torch.zeros(1, 1), times)
+    return len(asked)
 
 
 def _write(path: Path, x_0: Tensor) -> None:

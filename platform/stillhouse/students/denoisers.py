@@ -36,13 +36,15 @@ class Denoiser(TrigFlowView):
 
     Args:
         model: of diffusers.
+        unconditional: whether it knows samples of which nothing is said, as guidance needs them.
 
     Attributes:
-        model: the same.
+        model, unconditional: the same.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, unconditional: bool = True) -> None:
         super().__init__(_Called(model), RECTIFIED_FLOW, flow)
+        self.unconditional = unconditional
 
     @property
     def model(self) -> Any:
@@ -80,6 +82,7 @@ class Denoiser(TrigFlowView):
             "std": data.std,
             "guidance_scale": guidance_scale,
             "classes": list(data.classes),
+            "unconditional": self.unconditional,
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -97,7 +100,7 @@ class _Called(nn.Module):
         if isinstance(self.model, UNet2DModel):
             labels, classes = condition.labels, self.model.config["num_class_embeds"]
             if classes is not None:
-                # It knows no sample without a class: its last class stands for it.
+                # It has no class for none: its last one stands for it.
                 none = torch.full((len(x),), classes - 1, device=x.device)
                 labels = none if labels is None else labels.where(labels >= 0, none)
             return self.model(x, s, class_labels=labels).sample
@@ -120,6 +123,7 @@ def small_dit(
     num_attention_heads: Count,
     mlp_ratio: Positive,
     guidance_embeds: bool,
+    unconditional: bool = True,
 ) -> Denoiser:
     """Return a new `SmallDiT` for the data's shape and conditions.
 
@@ -127,7 +131,8 @@ def small_dit(
         data: the images.
         patch_size: a divisor of their side.
         width: a multiple of 4 and of the heads.
-        num_layers, num_attention_heads, mlp_ratio, guidance_embeds: as in `SmallDiT`.
+        num_layers, num_attention_heads, mlp_ratio, guidance_embeds, unconditional: as in
+            `SmallDiT`.
 
     Raises:
         UserError: for images that are no squares of patches, and a width that does not divide.
@@ -155,18 +160,25 @@ def small_dit(
             num_classes=len(data.classes),
             caption_width=data.caption_width,
             guidance_embeds=guidance_embeds,
-        )
+            unconditional=unconditional,
+        ),
+        unconditional=unconditional,
     )
 
 
 def point_network(
-    data: ImageData, *, width: Count, num_layers: Count, guidance_embeds: bool
+    data: ImageData,
+    *,
+    width: Count,
+    num_layers: Count,
+    guidance_embeds: bool,
+    unconditional: bool = True,
 ) -> Denoiser:
     """Return a new `PointNetwork` for points.
 
     Args:
         data: the points.
-        width, num_layers, guidance_embeds: as in `PointNetwork`.
+        width, num_layers, guidance_embeds, unconditional: as in `PointNetwork`.
 
     Raises:
         UserError: for images.
@@ -180,12 +192,19 @@ def point_network(
             num_layers=num_layers,
             num_classes=len(data.classes),
             guidance_embeds=guidance_embeds,
-        )
+            unconditional=unconditional,
+        ),
+        unconditional=unconditional,
     )
 
 
 def unet(
-    data: ImageData, *, widths: Sequence[int], layers_per_block: Count, norm_num_groups: Count
+    data: ImageData,
+    *,
+    widths: Sequence[int],
+    layers_per_block: Count,
+    norm_num_groups: Count,
+    unconditional: bool = True,
 ) -> Denoiser:
     """Return a new `UNet2DModel` of diffusers; it attends at its lowest resolution.
 
@@ -193,6 +212,7 @@ def unet(
         data: images without captions.
         widths: channels of each resolution, multiples of the groups.
         layers_per_block, norm_num_groups: as in `UNet2DModel`.
+        unconditional: as in `SmallDiT`.
 
     Raises:
         UserError: for captions, which it does not read.
@@ -210,9 +230,9 @@ def unet(
         norm_num_groups=norm_num_groups,
         down_block_types=(*["DownBlock2D"] * plain, "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * plain),
-        num_class_embeds=len(data.classes) + 1 if data.classes else None,
+        num_class_embeds=len(data.classes) + unconditional if data.classes else None,
     )
-    return Denoiser(model)
+    return Denoiser(model, unconditional=unconditional)
 
 
 def pretrained(data: ImageData, *, path: str, guidance_embeds: bool | None = None) -> Denoiser:
@@ -244,7 +264,7 @@ def load_denoiser(path: str, *, key: str, guidance_embeds: bool | None = None) -
         UserError: for a folder without such a pipeline.
     """
     index = pipeline_index(path, key=key)
-    name = index[COMPONENT][1]
+    name, unconditional = index[COMPONENT][1], bool(index["unconditional"])
     folder = Path(path).expanduser() / COMPONENT
     if name == UNet2DModel.__name__:
         if guidance_embeds:
@@ -252,16 +272,16 @@ def load_denoiser(path: str, *, key: str, guidance_embeds: bool | None = None) -
                 f"student.guidance_embeds=true: the {name} of {key}={path} has no such input; "
                 "expected null, and one guidance scale"
             )
-        return Denoiser(UNet2DModel.from_pretrained(folder))
+        return Denoiser(UNet2DModel.from_pretrained(folder), unconditional=unconditional)
     kind = OWN[name]
     if not guidance_embeds:
-        return Denoiser(kind.from_pretrained(folder))
+        return Denoiser(kind.from_pretrained(folder), unconditional=unconditional)
     settings = dict(kind.load_config(folder)) | {"guidance_embeds": True}
     model: Any = kind.from_config(settings)
     # What the folder does not have begins at 0, as the new network made it.
     before = kind.from_pretrained(folder).state_dict()
     model.load_state_dict(before, strict=False)
-    return Denoiser(model)
+    return Denoiser(model, unconditional=unconditional)
 
 
 def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
@@ -271,7 +291,7 @@ def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
         UserError: for a folder without such a pipeline.
     """
     index = pipeline_index(path, key=key)
-    names = ("times", "mean", "std", "guidance_scale", "classes")
+    names = ("times", "mean", "std", "guidance_scale", "classes", "unconditional")
     settings = {name: index[name] for name in names}
     return FewStepPipeline(load_denoiser(path, key=key).model.eval(), **settings)
 

@@ -47,6 +47,7 @@ class FewStepPipeline(DiffusionPipeline):
         mean, std: of the data's values, by which they were normalised; a number, or one a channel.
         guidance_scale: the default.
         classes: names of the classes.
+        unconditional: whether the network knows samples of no class, as guidance needs them.
     """
 
     def __init__(
@@ -57,11 +58,17 @@ class FewStepPipeline(DiffusionPipeline):
         std: float | list[float] = 1.0,
         guidance_scale: float = 1.0,
         classes: list[str] | None = None,
+        unconditional: bool = True,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer)
         self.register_to_config(
-            times=times or {}, mean=mean, std=std, guidance_scale=guidance_scale, classes=classes
+            times=times or {},
+            mean=mean,
+            std=std,
+            guidance_scale=guidance_scale,
+            classes=classes,
+            unconditional=unconditional,
         )
 
     @torch.no_grad()
@@ -100,6 +107,10 @@ class FewStepPipeline(DiffusionPipeline):
         x = latents if latents is not None else self._noise(count, generator)
         x = x.to(device)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+        if not settings.times and scale != 1 and not settings.unconditional:
+            raise ValueError(
+                f"guidance_scale={scale}: the network knows no samples without a class; expected 1"
+            )
         condition = {
             "class_labels": None if labels is None else labels.to(device),
             "encoder_hidden_states": prompt_embeds,
@@ -167,11 +178,11 @@ class FewStepPipeline(DiffusionPipeline):
         s = torch.full((len(x),), scale * sin, dtype=torch.float64, device=x.device)
         taken = inspect.signature(self.transformer.forward).parameters
         said = {**condition, "guidance": guidance}
-        unread = self.transformer.config.get("num_class_embeds")
-        if unread is not None:
-            # diffusers' UNet2DModel knows no sample without a class: its last class stands for it.
+        known = self.transformer.config.get("num_class_embeds")
+        if known is not None:
+            # diffusers' UNet2DModel has no class for none: its last one stands for it.
             labels = condition["class_labels"]
-            none = torch.full((len(x),), unread - 1, device=x.device)
+            none = torch.full((len(x),), known - 1, device=x.device)
             said["class_labels"] = none if labels is None else labels.where(labels >= 0, none)
         v = self.transformer(
             scale * x, s, **{name: value for name, value in said.items() if name in taken}

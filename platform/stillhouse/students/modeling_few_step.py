@@ -34,14 +34,21 @@ class Conditioning(nn.Module):
     """Time, class, caption and strength of guidance -> one vector [B, D]."""
 
     def __init__(
-        self, width: int, num_classes: int, caption_width: int, guidance_embeds: bool
+        self,
+        width: int,
+        num_classes: int,
+        caption_width: int,
+        guidance_embeds: bool,
+        unconditional: bool,
     ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.time = nn.Sequential(
             nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        # The last class is that of a sample of which nothing is said.
-        self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
+        # The last class is that of a sample of which nothing is said, where there is such a class.
+        known = num_classes + unconditional
+        self.classes = nn.Embedding(known, width) if num_classes else None
         self.caption = nn.Linear(caption_width, width) if caption_width else None
         self.no_caption = nn.Parameter(torch.zeros(width)) if caption_width else None
         self.guidance = nn.Linear(2 * FREQUENCIES, width) if guidance_embeds else None
@@ -61,7 +68,8 @@ class Conditioning(nn.Module):
         dtype = next(self.time.parameters()).dtype
         vector = self.time(sinusoids(timestep, 2 * FREQUENCIES).to(dtype))
         if self.classes is not None:
-            none = self.classes.num_embeddings - 1
+            # Without that class, a sample that has none is an index error.
+            none = self.num_classes
             if class_labels is None:
                 class_labels = torch.full(timestep.shape, none, device=timestep.device)
             vector = vector + self.classes(torch.where(class_labels >= 0, class_labels, none))
@@ -122,6 +130,7 @@ class SmallDiT(ModelMixin, ConfigMixin):
         num_classes: 0 for none.
         caption_width: width of a caption's embeddings; 0 for no captions.
         guidance_embeds: whether it is told how strongly its teacher was guided.
+        unconditional: whether a sample may be of no class, as guidance needs it.
     """
 
     @register_to_config
@@ -137,11 +146,14 @@ class SmallDiT(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         caption_width: int = 0,
         guidance_embeds: bool = False,
+        unconditional: bool = True,
     ) -> None:
         super().__init__()
         side = sample_size // patch_size
         self.embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
-        self.conditioning = Conditioning(width, num_classes, caption_width, guidance_embeds)
+        self.conditioning = Conditioning(
+            width, num_classes, caption_width, guidance_embeds, unconditional
+        )
         self.blocks = nn.ModuleList(
             Block(width, num_attention_heads, mlp_ratio) for _ in range(num_layers)
         )
@@ -190,7 +202,7 @@ class PointNetwork(ModelMixin, ConfigMixin):
     Args:
         in_channels: coordinates of a point.
         width, num_layers: of the MLP.
-        num_classes, caption_width, guidance_embeds: as in `SmallDiT`.
+        num_classes, caption_width, guidance_embeds, unconditional: as in `SmallDiT`.
     """
 
     @register_to_config
@@ -202,10 +214,13 @@ class PointNetwork(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         caption_width: int = 0,
         guidance_embeds: bool = False,
+        unconditional: bool = True,
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(in_channels, width)
-        self.conditioning = Conditioning(width, num_classes, caption_width, guidance_embeds)
+        self.conditioning = Conditioning(
+            width, num_classes, caption_width, guidance_embeds, unconditional
+        )
         self.layers = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(num_layers))
         self.head = nn.Linear(width, in_channels)
         nn.init.zeros_(self.head.weight)

@@ -19,6 +19,9 @@ def digits(*, validation: Count = 200, test: Count = 500) -> Pictures:
 
     Args:
         validation, test: how many are held out for each.
+
+    Raises:
+        UserError: when none is left for training.
     """
     found: Any = load_digits()
     samples = Samples(

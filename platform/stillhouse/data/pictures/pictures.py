@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stillhouse.errors import UserError
+
 Split = Literal["train", "validation", "test"]
 
 
@@ -60,11 +62,36 @@ def held_out(samples: Samples, *, validation: int, test: int) -> Mapping[Split, 
     Args:
         samples: all.
         validation, test: how many are held out for each.
+
+    Raises:
+        UserError: when none is left for training.
     """
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    cuts = {
+    places = held_out_places(len(samples), validation=validation, test=test)
+    return {split: samples.picked(chosen) for split, chosen in places.items()}
+
+
+def held_out_places(
+    count: int, *, validation: int, test: int, most: int | None = None
+) -> Mapping[Split, Int[Tensor, "M"]]:
+    """Return the places of each split's samples, in ascending order.
+
+    Args:
+        count: of all samples.
+        validation, test: how many are held out for each.
+        most: keep n of each split, drawn by chance and always the same; None keeps all.
+
+    Raises:
+        UserError: when none is left for training.
+    """
+    if validation + test >= count:
+        raise UserError(
+            f"data.source.validation={validation} and data.source.test={test}: of {count} pictures "
+            "none is left for training; hold fewer out, or give more pictures"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    cuts: dict[Split, Tensor] = {
         "test": order[:test],
         "validation": order[test : test + validation],
         "train": order[test + validation :],
     }
-    return {split: samples.picked(places.sort().values) for split, places in cuts.items()}  # type: ignore[return-value]
+    return {split: places[:most].sort().values for split, places in cuts.items()}
