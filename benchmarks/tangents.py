@@ -106,7 +106,7 @@ def consistency(settings: Settings) -> Iterator[Row]:
     """A step of sCM on a small DiT against the same with attention that has a jvp in torch."""
     network = SmallDiT().to(DEVICE, getattr(torch, settings.dtype))
     parameters = sum(p.numel() for p in network.parameters() if p.ndim == 2)
-    for N in (256, 1024):
+    for N in (256, 1024, 4096):
         x, v, t = (part.to(DEVICE, getattr(torch, settings.dtype)) for part in trajectory(N))
         for name, step, products in (
             ("two-pass", two_pass_step, 5),
