@@ -53,6 +53,7 @@ class RecordPairs:
         """Record the batches that are missing, then write the store."""
         key = f"stages.{context.name}.path"
         data: ImageData = instantiate(self.data, _recursive_=False)(self.seed)
+        data.prepare_data()
         network = load_denoiser(self.path, key=key)
         check_shape(network, data, key=key, path=self.path)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
