@@ -73,7 +73,13 @@ def hub(
 
 
 def rows_of(
-    id: str, key: str, split: str, version: Mapping[str, str | None], *, prefix: str
+    id: str,
+    key: str,
+    split: str,
+    version: Mapping[str, str | None],
+    *,
+    prefix: str,
+    folders: str | None = None,
 ) -> Any:
     """Return a split as a `datasets.Dataset`, from a folder or from the hub.
 
@@ -83,6 +89,7 @@ def rows_of(
         split: its name.
         version: `config_name` and `revision`.
         prefix: where `id` and `key` stand in the config, for messages.
+        folders: the overrides that read a folder of files instead; by default those for texts.
 
     Raises:
         UserError: for a data set or split that cannot be loaded.
@@ -91,7 +98,8 @@ def rows_of(
 
     folder = Path(id).expanduser()
     if folder.is_dir():
-        return _rows_of_folder(id, folder, key, split, version, prefix)
+        files = folders or f"data=files data.corpus.train_path={id}"
+        return _rows_of_folder(id, folder, key, split, version, prefix, files)
     try:
         return load_dataset(id, version["config_name"], revision=version["revision"], split=split)
     except Exception as error:  # the library raises whatever hub, network and files make it
@@ -103,7 +111,13 @@ def rows_of(
 
 
 def _rows_of_folder(
-    id: str, folder: Path, key: str, split: str, version: Mapping[str, str | None], prefix: str
+    id: str,
+    folder: Path,
+    key: str,
+    split: str,
+    version: Mapping[str, str | None],
+    prefix: str,
+    files: str,
 ) -> Any:
     from datasets import Dataset, load_from_disk
 
@@ -118,8 +132,7 @@ def _rows_of_folder(
     except Exception as error:  # the library raises whatever a broken folder makes it
         raise UserError(
             f"{prefix}.id={id}: the folder holds no data set: {one_line(error)}; expected what "
-            "save_to_disk wrote; for a folder of files take data=files "
-            f"data.corpus.train_path={id}"
+            f"save_to_disk wrote; for a folder of files take {files}"
         ) from error
     name = split.partition("[")[0]
     if isinstance(found, Dataset):

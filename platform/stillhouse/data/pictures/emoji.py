@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from stillhouse.data.pictures.made_up import made_up
-from stillhouse.data.pictures.pictures import Pictures, Samples, held_out
+from stillhouse.data.pictures.pictures import Pictures, Samples, held_out, mixed
 from stillhouse.data.pictures.reading import PictureReader, resized
 from stillhouse.data.vocabulary import one_line
 from stillhouse.errors import UserError
@@ -87,7 +87,8 @@ def emoji(
         torch.tensor([name.group for name in drawn]),
         tuple(name.label for name in drawn),
     )
-    return Pictures(NAME, LICENCE, groups, held_out(samples, validation=validation, test=test))
+    splits = held_out(mixed(samples), validation=validation, test=test)
+    return Pictures(NAME, LICENCE, groups, splits)
 
 
 def _names(names_path: str) -> tuple[tuple[str, ...], list[Named]]:
@@ -146,7 +147,8 @@ def _bitmaps(font_path: str) -> dict[int, bytes]:
         with TTFont(files[0]) as font:
             table: Any = font["CBDT"]
             (glyphs,) = table.strikeData
-            drawn = {code: glyphs.get(name) for code, name in font.getBestCmap().items()}
+            characters: Any = font.getBestCmap()
+            drawn = {code: glyphs.get(name) for code, name in characters.items()}
             return {code: bytes(glyph.imageData) for code, glyph in drawn.items() if glyph}
     except Exception as error:  # the library raises whatever a broken font makes it
         raise UserError(

