@@ -1,5 +1,6 @@
 """Tiny pictures, points and generators of either."""
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,31 @@ def saved(
 def ring_mixture() -> GaussianMixture:
     """Return the mixture that the points come from."""
     return instantiate(RING)
+
+
+class _Copied(torch.autograd.Function):
+    """A copy without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+class Opaque(torch.nn.Linear):
+    """A layer whose tangent is missing."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _Copied.apply(super().forward(input))
+
+
+@wraps(point_network)
+def without_tangent(data: ImageData, **settings: Any) -> Denoiser:
+    """Return a generator of points one module of which has no forward-mode derivative."""
+    denoiser = point_network(data, **settings)
+    embed = denoiser.model.embed
+    denoiser.model.embed = Opaque(embed.in_features, embed.out_features)
+    return denoiser

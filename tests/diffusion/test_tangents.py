@@ -98,8 +98,9 @@ class Lacks(nn.Module):
 
 
 WAY_OUT = (
-    "take the tangent of a difference instead, method.loss.tangent={_target_: "
-    "stillhouse.diffusion.tangents.central_difference, _partial_: true, step: 1e-3}"
+    "take the tangent of a difference instead, method.loss.tangent._target_="
+    "stillhouse.diffusion.tangents.central_difference with "
+    "stages.<stage>.family.takes_tangents=false"
 )
 
 

@@ -1,18 +1,14 @@
 """The stage `record_pairs`: what a store holds, what it costs, and what a kill leaves of it."""
 
 import io
-import os
 import random
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from generators import DIGITS, POINTS, data_of, node_of, point_generator, saved
+from kills import kill_at, started
 from rich.console import Console
 from torch import Tensor
 
@@ -155,36 +151,21 @@ def record(folder: str, teacher: str) -> None:
     stage(teacher, **LONG)(context)
 
 
-def recording(folder: Path, teacher: str) -> subprocess.Popen[bytes]:
-    folder.mkdir(exist_ok=True)
-    here = str(Path(__file__).parent)
-    told = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
-    code = "import sys, test_record_pairs; test_record_pairs.record(*sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), teacher], env=told)
-
-
-def killed_among_shards(start: Callable[[], subprocess.Popen[bytes]], shards: Path) -> int:
-    """SIGKILL a process at a random number of shards; return how many it left."""
-    wanted = random.randint(2, 50)
-    process, deadline = start(), time.monotonic() + 120
-    while len(list(shards.glob("*.safetensors"))) < wanted:
-        assert process.poll() is None, f"the process ended before shard {wanted}"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    return len(list(shards.glob("*.safetensors")))
-
-
 def test_killed_and_run_again_equals_uninterrupted(tmp_path, teacher) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
+    for folder in (whole, broken):
+        folder.mkdir()
     record(str(whole), teacher)
-    left = killed_among_shards(lambda: recording(broken, teacher), broken / "shards")
-    assert left < 80
-    before = {p: p.stat().st_mtime_ns for p in (broken / "shards").glob("*.safetensors")}
+
+    def shards() -> dict[Path, int]:
+        found = (broken / "shards").glob("*.safetensors")
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    kill_at(started(record, str(broken), teacher), random.randint(2, 50), lambda: len(shards()))
+    left = shards()
+    assert len(left) < 80
     record(str(broken), teacher)
-    assert before.items() <= {p: p.stat().st_mtime_ns for p in before}.items()
+    assert left.items() <= shards().items(), "what stands is not made again"
     names = sorted(p.name for p in (whole / "output").iterdir())
     assert names == ["pairs.json", "pairs.safetensors"]
     for name in names:

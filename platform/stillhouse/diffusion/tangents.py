@@ -114,8 +114,9 @@ def check_network(
     x_dot = x_dot.to(x.device)
     still = torch.zeros_like(t)
     way_out = (
-        "take the tangent of a difference instead, method.loss.tangent={_target_: "
-        "stillhouse.diffusion.tangents.central_difference, _partial_: true, step: 1e-3}"
+        "take the tangent of a difference instead, method.loss.tangent._target_="
+        "stillhouse.diffusion.tangents.central_difference with "
+        "stages.<stage>.family.takes_tangents=false"
     )
     training = network.training
     network.eval()

@@ -14,6 +14,7 @@ from stillhouse.data.images import ImageData
 from stillhouse.data.stream import BatchStream, generator_for
 from stillhouse.diffusion.solvers import check_times, ddim, few_step, uniform_grid
 from stillhouse.diffusion.tangents import check_network
+from stillhouse.errors import UserError
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
@@ -23,6 +24,8 @@ from stillhouse.records.losses import LossTerms
 
 # Steps that a flow is integrated in at a validation.
 VALIDATION_STEPS = 20
+# Samples that a tangent is tried on before the first step.
+TRIED = 4
 
 
 class TimestepDistiller(Distiller):
@@ -39,9 +42,12 @@ class TimestepDistiller(Distiller):
         times: falling times of the few-step sampler by number of steps, which validation samples
             with and the exported pipeline keeps; empty for a flow that is integrated instead.
         guidance_scale: what the exported pipeline, and validation, tell the student by default.
-        takes_tangents: whether the method differentiates the student along a direction; it is tried
-            out before the first step.
+        takes_tangents: whether the method takes forward-mode derivatives of the student; they are
+            tried out before the first step.
         learnt_weighting: whether the loss is weighted by a learnt e^{-u(t)}.
+
+    Raises:
+        UserError: for times that do not fall, or are more or fewer than their number of steps.
     """
 
     unit = "images"
@@ -60,7 +66,10 @@ class TimestepDistiller(Distiller):
     ) -> None:
         super().__init__(student, teacher, method, optimizer)
         for steps, values in times.items():
-            check_times(values, key=f"stages.<stage>.family.times.{steps}")
+            key = f"stages.<stage>.family.times.{steps}"
+            check_times(values, key=key)
+            if str(len(values)) != str(steps):
+                raise UserError(f"{key}={list(values)}: expected {steps} times, one of each step")
         self.times = times
         self.guidance_scale = guidance_scale
         self.takes_tangents = takes_tangents
@@ -87,7 +96,7 @@ class TimestepDistiller(Distiller):
             return
         trainer: Any = self.trainer
         batch: ImageBatch = next(iter(trainer.datamodule.val_dataloader())).to(self.device)
-        x, condition = batch.x_0, batch.condition
+        x, condition = batch.x_0[:TRIED], batch.condition.first(TRIED)
         t = torch.linspace(0.4, 1.2, len(x), dtype=torch.double, device=self.device)
         scale = torch.full_like(t, self.guidance_scale)
         student: Any = self.student
@@ -138,7 +147,7 @@ class TimestepDistiller(Distiller):
         with torch.no_grad():
             if not self.times:
                 return ddim(velocity, noise, uniform_grid(VALIDATION_STEPS))
-            return few_step(velocity, noise, next(iter(self.times.values())), generator)
+            return few_step(velocity, noise, min(self.times.values(), key=len), generator)
 
     def export(self, folder: Path, data: ImageData) -> None:
         """Write the student as a pipeline of diffusers."""
