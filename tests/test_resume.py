@@ -93,6 +93,11 @@ def kill_among_shards(arguments: tuple[str, ...], folder: Path, cache: Path) -> 
             ),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "pairs",
+            ("experiment=instaflow", "stages.pairs.count=160", "stages.pairs.batch_size=4"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_killed_stage_of_shards_goes_on_and_leaves_what_an_uninterrupted_one_leaves(

@@ -96,6 +96,25 @@ def test_a_perfect_generator_is_at_the_floor(models, monkeypatch) -> None:
     assert rows[1.0]["student@1"]["precision"] < 0.8
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_evaluation_rows": 3}, "3 pictures to test"),
+        ({"max_train_samples": 2}, "2 pictures to train"),
+    ],
+)
+def test_too_few_pictures_are_refused(changes: dict[str, int], said: str) -> None:
+    settings = {"features": halves, "guidance_scale": 1.0, "teacher_steps": [1], "seed": 0}
+    with pytest.raises(UserError) as refusal:
+        images({}, data_of(DIGITS, **changes), **settings, speed_repeats=1)
+    assert str(refusal.value) == (
+        f"data: {said} are too few to compare; expected 4 or more, by data.source, "
+        "data.max_evaluation_rows and data.max_train_samples"
+    )
+    enough = data_of(DIGITS, max_evaluation_rows=4, max_train_samples=4)
+    assert images({}, enough, **settings, speed_repeats=1).models
+
+
 def test_features_are_of_pixels_and_distances_to_training(models) -> None:
     """As stored, from 0 to 1, and not as the networks read them."""
     seen: list[Tensor] = []

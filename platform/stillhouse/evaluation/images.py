@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.images import ImageData
+from stillhouse.errors import UserError
 from stillhouse.evaluation.distances import frechet_distance, precision_and_recall
 from stillhouse.evaluation.features import Features, Seen
 from stillhouse.evaluation.generators import FLOOR, Sampler, drawn, real_samples, samplers
@@ -15,6 +16,8 @@ from stillhouse.records.diffusion import Condition
 from stillhouse.tracking.sample_pictures import draw_images
 
 SHOWN = 20
+# Of precision and recall; a split has more pictures.
+NEIGHBOURS = 3
 
 
 def images(
@@ -40,7 +43,18 @@ def images(
         teacher_steps: in how many steps it is.
         seed: of the noise.
         speed_repeats: how often the latency of a single sample is taken.
+
+    Raises:
+        UserError: for too few pictures to compare.
     """
+    for split in ("test", "train"):
+        count = len(data.samples(split))
+        if count <= NEIGHBOURS:
+            raise UserError(
+                f"data: {count} pictures to {split} are too few to compare; expected "
+                f"{NEIGHBOURS + 1} or more, by data.source, data.max_evaluation_rows and "
+                "data.max_train_samples"
+            )
     rows: dict[str, Sampler] = {}
     for role, path in models.items():
         rows |= samplers(role, path, steps=teacher_steps, guidance_scale=guidance_scale)
@@ -80,7 +94,9 @@ def _shown(condition: Condition, count: int) -> list[int]:
 
 def _quality(seen: Seen, condition: Condition, reference: Seen) -> dict[str, float]:
     """Return a row's numbers."""
-    precision, recall = precision_and_recall(seen.features, reference.features)
+    precision, recall = precision_and_recall(
+        seen.features, reference.features, neighbours=NEIGHBOURS
+    )
     found = {
         "frechet_distance": frechet_distance(seen.features, reference.features),
         "precision": precision,
