@@ -103,7 +103,7 @@ def drawn(sampler: Sampler, data: ImageData, *, seed: int, repeats: int) -> Draw
             condition = batch.condition.to(device())
             parts.append(sampler.draw(noise, condition, generator).cpu())
         one = next(data.evaluation_batches("test")).to(device())
-        said = Condition(*(t if t is None else t[:1] for t in one.condition))
+        said = one.condition.first(1)
 
         def single() -> Tensor:
             return sampler.draw(one.x_0[:1], said, generator)

@@ -43,6 +43,10 @@ class Condition(NamedTuple):
             mask=None if mask is None else torch.zeros_like(mask),
         )
 
+    def first(self, count: int) -> "Condition":
+        """Return it of the first samples."""
+        return Condition(*(t if t is None else t[:count] for t in self))
+
     def repeated(self, times: int) -> "Condition":
         """Return the whole batch `times` times, one behind the other."""
         return Condition(*(t if t is None else torch.cat([t] * times) for t in self))

@@ -6,9 +6,7 @@ teacher's velocity there; `consistency` computes the loss of `objectives.consist
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -114,9 +112,3 @@ def consistency(
 def warmed(update: int, warmup_steps: CountFrom0) -> float:
     """Return r: it grows from 0 to 1 in so many updates."""
     return min(1.0, update / warmup_steps) if warmup_steps else 1.0
-
-
-def no_gradient(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Return what a teacher says, in float32 or better."""
-    with torch.no_grad():
-        return call(*arguments)

@@ -28,7 +28,7 @@ from stillhouse.errors import UserError
 from stillhouse.families.timestep.consistency import ConsistencyLoss, States, warmed
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.ranges import Count, CountFrom0, CountFrom2, Finite, Positive, Share
-from stillhouse.records.diffusion import Condition, ImageBatch
+from stillhouse.records.diffusion import ImageBatch
 from stillhouse.records.losses import LossTerms
 
 LeftOut = Callable[[Float[Tensor, "B ..."]], Float[Tensor, "B"]]
@@ -75,7 +75,7 @@ def tbcm(
         raise UserError("teacher=null: TBCM follows a teacher; expected teacher=denoiser")
     teacher = networks.teacher
     count = min(trajectories or len(batch.x_0), len(batch.x_0))
-    condition = Condition(*(t if t is None else t[:count] for t in batch.condition))
+    condition = batch.condition.first(count)
     scale = guidance_scale(count, generator).to(batch.x_0.device)
     noise = torch.randn(batch.x_0[:count].shape, generator=generator).to(batch.x_0)
     visited: list[tuple[Tensor, float, Tensor]] = []
