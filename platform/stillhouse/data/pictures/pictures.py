@@ -100,8 +100,8 @@ def held_out_places(
         )
     order = order_of_chance(count)
     cuts: dict[Split, Tensor] = {
-        "test": order[:test],
-        "validation": order[test : test + validation],
         "train": order[test + validation :],
+        "validation": order[test : test + validation],
+        "test": order[:test],
     }
     return {split: places[:most] for split, places in cuts.items()}

@@ -47,13 +47,13 @@ class PictureReader:
             name: of the picture in its source, for messages.
 
         Raises:
-            UserError: for a file that PIL cannot read, pixels that are neither of 8 nor of 16 bits,
-                and a picture of another size than the first where `image_size` is None.
+            UserError: for a file that PIL cannot read, pixels of 32 bits, and a picture of another
+                size than the first where `image_size` is None.
         """
         place = f"{self.origin}, {name}"
         try:
             with Image.open(file) as opened:
-                picture = ImageOps.exif_transpose(opened)
+                values = values_of(ImageOps.exif_transpose(opened), self.mode)
         except UnidentifiedImageError as error:
             raise UserError(
                 f"{place}: the file is no picture that PIL knows; replace it or take it out"
@@ -62,12 +62,6 @@ class PictureReader:
             raise UserError(
                 f"{place}: the picture cannot be read: {one_line(error)}; replace it or take it out"
             ) from error
-        if picture.mode in ("I", "F"):
-            raise UserError(
-                f"{place}: its pixels are numbers of 32 bits, whose white nobody knows; expected "
-                "8 or 16 bits a channel; convert it"
-            )
-        values = values_of(picture, self.mode)
         if self.image_size is not None:
             return resized(cropped(values), self.image_size)
         self._compare(name, values.shape)
@@ -84,7 +78,13 @@ class PictureReader:
 
 
 def values_of(picture: Image.Image, mode: Mode) -> Float[Tensor, "C H W"]:
-    """Return the values of a picture's pixels, from 0 to 1."""
+    """Return the values of a picture's pixels, from 0 to 1.
+
+    Raises:
+        ValueError: for pixels that PIL does not convert, and for numbers of 32 bits.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, whose white nobody knows; expected 8 or 16")
     if picture.mode.startswith("I;16"):
         # PIL's own conversion to 8 bits takes all but the darkest for white.
         grey = torch.from_numpy(np.asarray(picture).astype(np.float32) / 65535).unsqueeze(0)
