@@ -97,7 +97,8 @@ def _names(names_path: str) -> tuple[tuple[str, ...], list[Named]]:
     try:
         by_number = {int(number): str(group) for number, group in names[0]["groups"].items()}
         groups = tuple(by_number[number] for number in range(len(by_number)))
-        return groups, [_named(e) for e in names[1] if "group" in e and len(_codes(e)) == 1]
+        single = [e for e in names[1] if "group" in e and len(_codes(e)) == 1]
+        return groups, [_named(entry, len(groups)) for entry in single]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{NAMES_KEY}={names_path}: {GROUPS} or {LABELS} is not as in emojibase-data 17.0.0: "
@@ -105,9 +106,12 @@ def _names(names_path: str) -> tuple[tuple[str, ...], list[Named]]:
         ) from error
 
 
-def _named(entry: Any) -> Named:
+def _named(entry: Any, num_groups: int) -> Named:
     (code,) = _codes(entry)
-    return Named(int(code, 16), str(entry["label"]), int(entry["group"]))
+    named = Named(int(code, 16), str(entry["label"]), int(entry["group"]))
+    if not 0 <= named.group < num_groups:
+        raise ValueError(f"{named.label} is in a group of number {named.group}")
+    return named
 
 
 def _codes(entry: Any) -> list[str]:
