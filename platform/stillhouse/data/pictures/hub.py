@@ -22,6 +22,8 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.ranges import Count
 
 KEY = "data.source"
+# Kinds of columns, but for ClassLabel, whose values are classes.
+PLAIN = ("int", "string", "large_string", "bool")
 
 
 class Columns(NamedTuple):
@@ -158,7 +160,7 @@ def _classes(
     for name, kind in kinds.items():
         if isinstance(kind, ClassLabel) and getattr(first, "names", None) == kind.names:
             continue
-        plain = str(getattr(kind, "dtype", "")).lstrip("u").startswith(("int", "string", "bool"))
+        plain = str(getattr(kind, "dtype", "")).lstrip("u").startswith(PLAIN)
         if not plain or isinstance(kind, ClassLabel) or kind != first:
             raise UserError(
                 f"{place}, split {name}: the column {key!r} is {_said(kind)}; expected ClassLabel, "
@@ -210,8 +212,8 @@ def _file(value: Any, place: str) -> Path | BytesIO:
 def _label(value: Any, numbers: Mapping[object, int], place: str) -> int:
     if value not in numbers:
         raise UserError(
-            f"{place}: the label is {'missing' if value is None else value}; expected one in every "
-            f"row, as hidden ones are not; drop the row, name another split or set {KEY}.label_key="
-            "null"
+            f"{place}: the label is {'null' if value is None else value}, which is no class; "
+            "expected a class in every row; drop the row, name another split, or set "
+            f"{KEY}.label_key=null"
         )
     return numbers[value]
