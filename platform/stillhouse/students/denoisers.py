@@ -141,7 +141,7 @@ def small_dit(
     if height != width_of_image or height % patch_size:
         raise UserError(
             f"student.patch_size={patch_size}: expected a divisor of the side of square images; "
-            f"data.image_size makes them {height} x {width_of_image}"
+            f"data.source.image_size makes them {height} x {width_of_image}"
         )
     if width % 4 or width % num_attention_heads:
         raise UserError(
