@@ -125,7 +125,7 @@ def check_network(
             try:
                 _, of_time = functional(F, x, t, torch.zeros_like(x), torch.ones_like(t))
                 _, of_x = functional(F, x, t, x_dot, still)
-            except (NotImplementedError, RuntimeError) as error:
+            except RuntimeError as error:  # NotImplementedError is one
                 raise UserError(
                     f"{key}: its module {inside[-1] if inside else 'itself'} has no forward-mode "
                     f"derivative ({str(error).splitlines()[0]}); {way_out}"
