@@ -35,6 +35,13 @@ def lacking(*, split: Split) -> Pictures:
     return Pictures("a folder", "none", (), splits | {split: pixels.picked(torch.arange(0))})
 
 
+def captioned_otherwise() -> Pictures:
+    """Return pictures whose caption no other source has."""
+    pixels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = Samples(pixels, captions=("a lighthouse",) * 6)
+    return Pictures("a folder", "none", (), dict.fromkeys(("train", "validation", "test"), samples))
+
+
 def node_of(source: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Return the node of a source's `ImageData`."""
     target = {"_target_": "stillhouse.data.images.ImageData", "_partial_": True}

@@ -24,7 +24,10 @@ CONF = ROOT / "conf"
 RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 # The others name models and data of a hub; those of a package have the stages of another recipe.
 RUNNABLE = [
-    pytest.param(recipe, marks=[pytest.mark.slow] if recipe.endswith("_smollm2") else [])
+    pytest.param(
+        recipe,
+        marks=[pytest.mark.slow] if recipe.endswith(("_smollm2", "_emoji", "_latents")) else [],
+    )
     for recipe in RECIPES
     if not recipe.endswith("_paper")
 ]

@@ -160,17 +160,12 @@ for folder in sys.argv[1:]:
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.load(folder + "/noise.pt", weights_only=True)
     generator = torch.Generator().manual_seed(7)
-    drawn = pipeline([0, 1, 2, 3], num_inference_steps=2, latents=noise, generator=generator)
+    asked = {"class_labels": [0, 1, 2, 3], "num_inference_steps": 2, "latents": noise}
+    drawn = pipeline(**asked, generator=generator)
     if noise.ndim == 4:
         assert {(image.size, image.mode) for image in drawn.images} == {((8, 8), "L")}
         generator.manual_seed(7)
-        drawn = pipeline(
-            [0, 1, 2, 3],
-            num_inference_steps=2,
-            latents=noise,
-            generator=generator,
-            output_type="pt",
-        )
+        drawn = pipeline(**asked, generator=generator, output_type="pt")
     torch.save(drawn.images, folder + "/out.pt")
 """
 

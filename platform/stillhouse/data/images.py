@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from stillhouse.data.language import KeptBatches
+from stillhouse.data.pictures.captions import Captions, read_captions
 from stillhouse.data.pictures.pictures import Pictures, Samples, Split
 from stillhouse.data.stream import BatchStream
 from stillhouse.errors import UserError
@@ -28,6 +29,7 @@ class ImageData(pl.LightningDataModule):
         seed: int,
         *,
         source: dict[str, Any],
+        captions_path: str | None = None,
         batch_size: Count,
         evaluation_batch_size: Count,
         max_train_samples: Count | None = None,
@@ -41,6 +43,8 @@ class ImageData(pl.LightningDataModule):
         Args:
             seed: of the order of training.
             source: node of a function that returns `Pictures`.
+            captions_path: embeddings of its captions, an artifact of the stage `embed_captions`;
+                networks are told the captions then, and not the classes. Null leaves captions out.
             batch_size: samples a training batch and device.
             evaluation_batch_size: samples a validation or test batch.
             max_train_samples: train on the first n samples; null takes all.
@@ -51,6 +55,7 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         self.seed = seed
         self.source_node = source
+        self.captions_path = captions_path
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.max_train_samples = max_train_samples
@@ -70,14 +75,43 @@ class ImageData(pl.LightningDataModule):
         return self.source.classes
 
     @property
+    def told_classes(self) -> tuple[str, ...]:
+        """Names of the classes that a generator is told; none where it is told captions."""
+        return () if self.captions else self.classes
+
+    @cached_property
+    def captions(self) -> Captions | None:
+        """The embeddings of the captions, where they are told.
+
+        Raises:
+            UserError: for a folder without, and for one that lacks a caption of the data.
+        """
+        if self.captions_path is None:
+            return None
+        where = f"data.captions_path={self.captions_path}"
+        captions = read_captions(self.captions_path, key="data.captions_path")
+        for split, samples in self.source.splits.items():
+            if samples.captions is None:
+                raise UserError(
+                    f"{where}: the pictures of {self.source.name} have no captions; expected null"
+                )
+            missing = captions.missing(samples.captions)
+            if missing:
+                raise UserError(
+                    f"{where}: {len(missing)} captions for {split} are not in it, the first is "
+                    f"{missing[0]!r}; embed those of this data"
+                )
+        return captions
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W), or (D,) of points."""
         return tuple(self.source.splits["train"].values.shape[1:])
 
     @property
     def caption_width(self) -> int:
-        """Width of the captions' embeddings; 0 without captions."""
-        return 0
+        """Width of the captions' embeddings; 0 where none are told."""
+        return self.captions.width if self.captions else 0
 
     @cached_property
     def mean(self) -> float:
@@ -108,14 +142,19 @@ class ImageData(pl.LightningDataModule):
     def collate(self, rows: Sequence[int], split: Split = "train") -> ImageBatch:
         """Return a batch of samples by their places."""
         samples = self.samples(split).picked(torch.as_tensor(rows))
-        return ImageBatch(self.normalised(samples.values), Condition(labels=samples.labels))
+        embeddings, mask = None, None
+        if self.captions and samples.captions:
+            embeddings, mask = self.captions.embedded(samples.captions)
+        condition = Condition(samples.labels, embeddings, mask)
+        return ImageBatch(self.normalised(samples.values), condition)
 
     def prepare_data(self) -> None:
-        """Read the source.
+        """Read the source, and what its captions are told by.
 
         Raises:
             UserError: for an empty split.
         """
+        _ = self.captions
         for split, samples in self.source.splits.items():
             if not len(samples):
                 raise UserError(f"data.source: {self.source.name} has no samples for {split}")

@@ -98,6 +98,7 @@ class PairData(ImageData):
         pairs_path: str,
         teacher_path: str,
         source: dict[str, Any],
+        captions_path: str | None = None,
         batch_size: Count,
         evaluation_batch_size: Count,
         max_evaluation_rows: Count | None = None,
@@ -111,12 +112,13 @@ class PairData(ImageData):
             seed: of the order of training.
             pairs_path: the store's folder.
             teacher_path: the model that has to have made it.
-            source, batch_size, evaluation_batch_size, max_evaluation_rows, distinct_train_batches,
-                num_workers, pin_memory: as in `ImageData`.
+            source, captions_path, batch_size, evaluation_batch_size, max_evaluation_rows,
+                distinct_train_batches, num_workers, pin_memory: as in `ImageData`.
         """
         super().__init__(
             seed,
             source=source,
+            captions_path=captions_path,
             batch_size=batch_size,
             evaluation_batch_size=evaluation_batch_size,
             max_evaluation_rows=max_evaluation_rows,

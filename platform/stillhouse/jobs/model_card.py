@@ -124,7 +124,8 @@ def _loading(architecture: Mapping[str, Any]) -> list[str]:
         trusted = ", trust_remote_code=True" if own_code else ""
         lines += [f'pipeline = DiffusionPipeline.from_pretrained("<this folder>"{trusted})']
         if own_code:
-            said = "class_labels=[0, 1]" if architecture.get("classes") else "num_images=2"
+            told = "class_labels=[0, 1]" if architecture.get("classes") else "num_images=2"
+            said = 'prompt=["a caption"]' if architecture.get("text_encoder") else told
             steps = next(iter(architecture.get("times") or {"50": None}))
             lines += [f"samples = pipeline({said}, num_inference_steps={steps}).images"]
     else:

@@ -1,4 +1,4 @@
-"""The job `sample` for a generator: pictures or points of the classes that are asked for."""
+"""The job `sample` for a generator: pictures or points of the classes or captions asked for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,11 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.tracking.compare import publish
 
 PICTURE = "samples.png"
+EXAMPLE = "red apple,grinning cat"
 
 
 def sample_images(config: DictConfig, role: str, path: str, to: Path) -> None:
-    """Draw a grid, a line a class, and write it to `samples.png`.
+    """Draw a grid, a line a class or prompt, and write it to `samples.png`.
 
     Args:
         config: a `schema.Sampling`.
@@ -26,29 +27,43 @@ def sample_images(config: DictConfig, role: str, path: str, to: Path) -> None:
     Raises:
         UserError: for values that the model or the job cannot use.
     """
-    if config.prompts is not None:
-        raise UserError(
-            f"prompts: {role} is a generator that is told classes; expected 'classes=[…]'"
-        )
     for key in ("num_images", "num_inference_steps"):
         if config[key] is not None and config[key] < 1:
             raise UserError(f"{key}={config[key]}: expected 1 or more")
 
     import torch
 
+    from stillhouse.jobs.finished_run import as_texts
+    from stillhouse.stages.runner import quiet_libraries
     from stillhouse.students.denoisers import load_pipeline
     from stillhouse.tracking.sample_pictures import draw_images, draw_points
 
+    quiet_libraries()
     pipeline = load_pipeline(path, key=f"models.{role}")
     pipeline.set_progress_bar_config(disable=True)
     known: Sequence[str] = pipeline.config["classes"] or []
-    wanted = _classes(config.classes, known, role)
+    captioned = pipeline.text_encoder is not None
+    if captioned and (config.prompts is None or config.classes is not None):
+        raise UserError(
+            f"prompts: {role} is a generator that is told captions; expected "
+            f"'prompts=[{EXAMPLE}]', and no classes"
+        )
+    if not captioned and config.prompts is not None:
+        raise UserError(
+            f"prompts: {role} is a generator that is told classes; expected 'classes=[…]'"
+        )
+    wanted = (
+        as_texts(config.prompts, key="prompts", example=EXAMPLE)
+        if captioned
+        else _classes(config.classes, known, role)
+    )
     generator = torch.Generator().manual_seed(config.seed)
     drawn: dict[str, Any] = {}
     for name in wanted or [role]:
-        labels = [known.index(name)] * config.num_images if wanted else None
+        labels = None if captioned or not wanted else [known.index(name)] * config.num_images
         try:
             found: Any = pipeline(
+                prompt=[name] * config.num_images if captioned else None,
                 class_labels=labels,
                 num_images=config.num_images,
                 num_inference_steps=config.num_inference_steps,

@@ -17,12 +17,15 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from stillhouse.data.images import ImageData
+from stillhouse.data.pictures.captions import TEXT_ENCODER, TOKENIZER, Captions
+from stillhouse.data.vocabulary import load_tokenizer
 from stillhouse.diffusion.paths import RECTIFIED_FLOW, flow
 from stillhouse.diffusion.trigflow import TrigFlowView
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive
 from stillhouse.records.diffusion import Condition
 from stillhouse.students import few_step_pipeline, modeling_few_step
+from stillhouse.students.encoders import load_encoder
 from stillhouse.students.few_step_pipeline import FewStepPipeline
 from stillhouse.students.modeling_few_step import PointNetwork, SmallDiT
 
@@ -63,7 +66,7 @@ class Denoiser(TrigFlowView):
 
         Args:
             folder: where to.
-            data: whose mean, deviation and classes the pipeline keeps.
+            data: whose mean, deviation, classes and encoder of captions the pipeline keeps.
             times: of a consistency model, by number of steps; empty for a flow.
             guidance_scale: its default.
         """
@@ -81,9 +84,11 @@ class Denoiser(TrigFlowView):
             "mean": data.mean,
             "std": data.std,
             "guidance_scale": guidance_scale,
-            "classes": list(data.classes),
+            "classes": list(data.told_classes),
             "unconditional": self.unconditional,
         }
+        if data.captions is not None:
+            index |= copied_encoder(data.captions, folder)
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -157,7 +162,7 @@ def small_dit(
             num_layers=num_layers,
             num_attention_heads=num_attention_heads,
             mlp_ratio=mlp_ratio,
-            num_classes=len(data.classes),
+            num_classes=len(data.told_classes),
             caption_width=data.caption_width,
             guidance_embeds=guidance_embeds,
             unconditional=unconditional,
@@ -293,6 +298,16 @@ def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
     index = pipeline_index(path, key=key)
     names = ("times", "mean", "std", "guidance_scale", "classes", "unconditional")
     settings = {name: index[name] for name in names}
+    if TEXT_ENCODER in index:
+        folder = Path(path).expanduser()
+        settings[TOKENIZER] = load_tokenizer(str(folder / TOKENIZER), key=key)
+        settings[TEXT_ENCODER] = load_encoder(
+            str(folder / TEXT_ENCODER),
+            task=None,
+            dtype="float32",
+            attn_implementation="sdpa",
+            key=key,
+        ).eval()
     return FewStepPipeline(load_denoiser(path, key=key).model.eval(), **settings)
 
 
@@ -319,11 +334,25 @@ def pipeline_index(path: str, *, key: str) -> Mapping[str, Any]:
     return index
 
 
+def copied_encoder(captions: Captions, folder: Path) -> Mapping[str, Sequence[str]]:
+    """Copy the encoder of captions into a pipeline's folder; return its part of the index."""
+    for name in (TEXT_ENCODER, TOKENIZER):
+        shutil.copytree(captions.folder / name, folder / name)
+    settings = [
+        json.loads((folder / file).read_text())
+        for file in (f"{TEXT_ENCODER}/config.json", f"{TOKENIZER}/tokenizer_config.json")
+    ]
+    return {
+        TEXT_ENCODER: ["transformers", settings[0]["architectures"][0]],
+        TOKENIZER: ["transformers", settings[1]["tokenizer_class"]],
+    }
+
+
 def check_shape(denoiser: Denoiser, data: ImageData, *, key: str, path: str) -> None:
-    """Refuse a network for samples of another shape.
+    """Refuse a network for samples of another shape, or for captions of another width.
 
     Raises:
-        UserError: naming both shapes.
+        UserError: naming both.
     """
     settings = denoiser.model.config
     side = settings.get("sample_size")
@@ -332,4 +361,10 @@ def check_shape(denoiser: Denoiser, data: ImageData, *, key: str, path: str) -> 
         raise UserError(
             f"{key}={path}: its samples are {' x '.join(map(str, shape))}, those of data are "
             f"{' x '.join(map(str, data.image_shape))}"
+        )
+    width = settings.get("caption_width", 0)
+    if width != data.caption_width:
+        raise UserError(
+            f"{key}={path}: its captions are {width} wide, those of data {data.caption_width}; 0 "
+            "is none; expected data.captions_path as it was trained with"
         )

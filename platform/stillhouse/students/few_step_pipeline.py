@@ -1,7 +1,10 @@
-"""A pipeline for a flow or consistency model, that needs torch, numpy, PIL and diffusers only.
+"""A pipeline for a flow or consistency model, without the project that trained it.
+
+It needs torch, numpy, PIL and diffusers, and transformers where prompts are read.
 
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     images = pipeline(class_labels=[3, 3, 7], num_inference_steps=2).images
+    images = pipeline(prompt=["red apple"], num_inference_steps=2).images      told captions
 
 The network predicts the velocity v of x_s = (1 - s) x_0 + s ε, and is read on TrigFlow's path,
 x_t = cos t x_0 + sin t ε, t from 0 to π/2 (2503.09641, eq. 5 to 8):
@@ -42,6 +45,7 @@ class FewStepPipeline(DiffusionPipeline):
 
     Args:
         transformer: the network.
+        tokenizer, text_encoder: what reads prompts; None for a network that is told classes.
         times: falling times of a consistency model's longest schedule by number of steps, as
             {"1": [...], "2": [...]}; empty for a flow.
         mean, std: of the data's values, by which they were normalised; a number, or one a channel.
@@ -50,9 +54,13 @@ class FewStepPipeline(DiffusionPipeline):
         unconditional: whether the network knows samples of no class, as guidance needs them.
     """
 
+    _optional_components = ("tokenizer", "text_encoder")
+
     def __init__(
         self,
         transformer: Any,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
         times: dict[str, list[float]] | None = None,
         mean: float | list[float] = 0.0,
         std: float | list[float] = 1.0,
@@ -61,7 +69,9 @@ class FewStepPipeline(DiffusionPipeline):
         unconditional: bool = True,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer)
+        self.register_modules(
+            transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder
+        )
         self.register_to_config(
             times=times or {},
             mean=mean,
@@ -74,6 +84,7 @@ class FewStepPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
+        prompt: Sequence[str] | str | None = None,
         class_labels: Sequence[int] | int | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -87,9 +98,10 @@ class FewStepPipeline(DiffusionPipeline):
         """Return samples.
 
         Args:
-            class_labels: of each image; None for any.
-            prompt_embeds, prompt_attention_mask: captions [B, L, D] and [B, L] as the text encoder
-                of training reads them.
+            prompt: a caption of each image, for a network that is told captions; None for any.
+            class_labels: of each image, for one that is told classes; None for any.
+            prompt_embeds, prompt_attention_mask: captions [B, L, D] and [B, L] in the place of
+                `prompt`, as `embedded` returns them.
             num_images: how many, where neither labels nor captions say it; 1 by default.
             num_inference_steps: 1 by default for a consistency model, 50 for a flow.
             guidance_scale: 1 is none. A consistency model was told its scale in training, or has
@@ -100,6 +112,13 @@ class FewStepPipeline(DiffusionPipeline):
         """
         settings: Any = self.config
         labels = None if class_labels is None else torch.as_tensor(class_labels).view(-1)
+        if prompt is not None:
+            if self.text_encoder is None:
+                raise ValueError("prompt: the network is told classes; expected class_labels")
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompt_embeds, prompt_attention_mask = embedded(
+                self.tokenizer, self.text_encoder, texts
+            )
         some = labels if labels is not None else prompt_embeds
         if some is None:
             some = torch.zeros(num_images or 1)
@@ -203,3 +222,18 @@ class FewStepPipeline(DiffusionPipeline):
             return x
         pixels = (255 * x.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(np.squeeze(image)) for image in pixels]
+
+
+@torch.no_grad()
+def embedded(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the last states of texts [B, L, D], and where they are tokens [B, L].
+
+    Args:
+        tokenizer: whose `model_max_length` cuts.
+        text_encoder: a model of transformers.
+        texts: B of them.
+    """
+    read = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    ids, mask = (read[name].to(text_encoder.device) for name in ("input_ids", "attention_mask"))
+    states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return states, mask.bool()
