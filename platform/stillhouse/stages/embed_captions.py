@@ -40,7 +40,7 @@ class EmbedCaptions:
         key = f"stages.{context.name}"
         texts = _captions(instantiate(self.source), key)
         tokenizer = load_tokenizer(self.path, key=f"{key}.path")
-        encoder = load_encoder(
+        encoder: Any = load_encoder(
             self.path, task=None, dtype="float32", attn_implementation="sdpa", key=key
         )
         most = getattr(encoder.config, "max_position_embeddings", None)

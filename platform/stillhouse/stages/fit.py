@@ -15,7 +15,7 @@ from stillhouse.errors import UserError
 from stillhouse.families.checkpoints import latest_checkpoint, step_of
 from stillhouse.families.distiller import Distiller
 from stillhouse.stages import ranks
-from stillhouse.stages.reports import heard
+from stillhouse.stages.reports import draw, heard
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.progress import StageProgress
@@ -123,6 +123,7 @@ class Fit:
         module.stop_if_parameters_not_finite()
         if trainer.is_global_zero:
             module.export(context.output, data)
+            draw(context, callbacks)
         reports |= heard(context, callbacks)
         return StageResult(metrics={**sizes, **module.summary(), **reports})
 

@@ -1,6 +1,7 @@
-"""What the parts of a stage have to say of their work: numbers for metrics, lines for the user."""
+"""What the parts of a stage have to say of their work: numbers, lines for the user, pictures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from stillhouse.stages.artifacts import Number
@@ -20,6 +21,15 @@ class Reporting(Protocol):
         ...
 
 
+@runtime_checkable
+class Drawing(Protocol):
+    """A callback that has something to show."""
+
+    def pictures(self) -> Mapping[str, Callable[[Path], Path]]:
+        """Return by name what draws a PNG to a path, and returns the path."""
+        ...
+
+
 def heard(context: StageContext, parts: Iterable[object]) -> Mapping[str, Number]:
     """Speak the remarks of parts that have some, and return what they report."""
     reports: dict[str, Number] = {}
@@ -29,3 +39,11 @@ def heard(context: StageContext, parts: Iterable[object]) -> Mapping[str, Number
             for remark in part.remarks():
                 context.console.print(f"{context.name}: {remark}")
     return reports
+
+
+def draw(context: StageContext, parts: Iterable[object]) -> None:
+    """Draw what parts have to show into the artifact, and log it."""
+    for part in parts:
+        if isinstance(part, Drawing):
+            for name, picture in part.pictures().items():
+                context.tracker.picture(name, picture(context.output / f"{name}.png"))

@@ -46,6 +46,9 @@ class TimestepDistiller(Distiller):
             tried out before the first step.
         learnt_weighting: whether the loss is weighted by a learnt e^{-u(t)}.
 
+    Attributes:
+        samples: of the last validation, from the same noise every time, normalised as the data are.
+
     Raises:
         UserError: for times that do not fall, or are more or fewer than their number of steps.
     """
@@ -76,6 +79,7 @@ class TimestepDistiller(Distiller):
         self.log_variance = LogVariance() if learnt_weighting else None
         self._window = WindowMeans()
         self._generated: list[tuple[Tensor, Tensor]] = []
+        self.samples = torch.empty(0)
 
     @property
     def networks(self) -> Networks:
@@ -132,8 +136,8 @@ class TimestepDistiller(Distiller):
         """Log `val_sliced_wasserstein`, between samples and data as the network sees them."""
         found = [pair for of_rank in self._of_every_rank(self._generated) for pair in of_rank]
         self._generated = []
-        generated, real = (torch.cat(column) for column in zip(*found, strict=True))
-        self.log("val_sliced_wasserstein", sliced_wasserstein(generated, real))
+        self.samples, real = (torch.cat(column) for column in zip(*found, strict=True))
+        self.log("val_sliced_wasserstein", sliced_wasserstein(self.samples, real))
 
     def sampled(self, batch: ImageBatch, generator: torch.Generator) -> Tensor:
         """Return samples of the batch's conditions, in the fewest steps that the student is for."""
