@@ -126,13 +126,25 @@ def test_the_closed_form_for_a_flow() -> None:
         torch.testing.assert_close(F, x_weight * x_s + v_weight * velocity)
 
 
+class Nonlinear(nn.Module):
+    """A network that knows nothing."""
+
+    def forward(self, x: Tensor, t: Tensor, *_) -> Tensor:
+        return torch.tanh(x * along(1 + t, x)) + along(t.square(), x)
+
+
+def test_the_denoiser_of_any_flow_is_that_of_its_view() -> None:
+    """f + s v(x_s, s) = x_s whatever v says."""
+    x_t, t = pair()[0], torch.linspace(0.0, math.pi / 2, 7, dtype=torch.double)
+    F = TrigFlowView(Nonlinear(), RECTIFIED_FLOW, paths.flow)(x_t, t, Condition())
+    s = t.sin() / (t.sin() + t.cos())
+    x_s = x_t / along(t.sin() + t.cos(), x_t)
+    said = denoised(x_t, F, t) + along(s, x_t) * Nonlinear()(x_s, s)
+    torch.testing.assert_close(said, x_s, rtol=0, atol=1e-14)
+
+
 def test_the_wrapper_is_part_of_the_tangent() -> None:
     """Of the wrapped network with a nonlinear inside: its jvp is its central difference."""
-
-    class Nonlinear(nn.Module):
-        def forward(self, x: Tensor, t: Tensor, *_) -> Tensor:
-            return torch.tanh(x * along(1 + t, x)) + along(t.square(), x)
-
     view = TrigFlowView(Nonlinear(), RECTIFIED_FLOW, paths.flow)
     x, x_dot = pair()
     t, t_dot = torch.linspace(0.1, 1.4, 7, dtype=torch.double), torch.linspace(-1, 1, 7).double()

@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.diffusion import solvers
 from stillhouse.diffusion.guidance import fixed, guided, one_of
 from stillhouse.diffusion.oracles import GaussianMixture
-from stillhouse.diffusion.paths import along
+from stillhouse.diffusion.paths import RECTIFIED_FLOW, along, flow
 from stillhouse.diffusion.times import log_normal, shifted_uniform, uniform
+from stillhouse.diffusion.trigflow import TrigFlowView
 from stillhouse.errors import UserError
 from stillhouse.records.diffusion import Condition
 
@@ -106,6 +107,36 @@ def test_the_flow_grid_is_that_of_diffusers(shift: float) -> None:
     s = scheduler.sigmas[:-1].double()
     angles = torch.atan2(s, 1 - s).tolist()
     assert solvers.flow_grid(8, shift=shift) == pytest.approx(angles, abs=1e-6)
+
+
+class Flow(nn.Module):
+    """Some velocity of a rectified flow."""
+
+    def forward(self, x: Tensor, s: Tensor, *_) -> Tensor:
+        return torch.tanh(2 * x.flip(1) + along(3 * s, x)) - along(s, x) * x
+
+
+def test_rotations_of_a_wrapped_flow_are_its_own_steps() -> None:
+    """SANA-Sprint's wrapper loses nothing: `ddim` of the view is Euler of the flow, as diffusers
+    steps, at the same times; at others both go to the same sample as 1/n."""
+    view, start = TrigFlowView(Flow(), RECTIFIED_FLOW, flow), noise(50).float()
+
+    def wrapped(x: Tensor, t: Tensor) -> Tensor:
+        return view(x, t, Condition())
+
+    gaps = []
+    for steps in (3, 20, 40):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(steps)
+        x = start
+        for time, s in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+            x = scheduler.step(Flow()(x, s.expand(50)), time, x, return_dict=False)[0]
+        rotated = solvers.ddim(wrapped, start, solvers.flow_grid(steps, shift=3.0))
+        torch.testing.assert_close(rotated, x, atol=1e-5, rtol=0)
+        elsewhere = solvers.ddim(wrapped, start, solvers.uniform_grid(steps))
+        gaps.append(float((elsewhere - x).norm()))
+    assert gaps[0] > 0.1
+    assert gaps[1] / gaps[2] == pytest.approx(2, rel=0.25)
 
 
 @pytest.mark.parametrize("times", [[], [1.0, 1.0], [0.5, 1.0], [2.0, 1.0], [1.0, 0.0]])

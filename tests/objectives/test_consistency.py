@@ -54,6 +54,36 @@ def test_the_exact_consistency_function_is_the_root(form: TangentForm) -> None:
     assert tangent_at(teacher, x, t, 1.0, form).abs().max() > 0.1
 
 
+def test_the_teacher_of_a_point_is_the_root_itself() -> None:
+    """Without a spread denoiser and consistency function coincide, and g = 0 at the start."""
+    x, t = places()
+    for deviation, least, most in ((0.4, 0.1, 10.0), (1e-6, 0.0, 1e-5)):
+        point = GaussianMixture([[MU, MU]], [deviation])
+
+        def network(x: Tensor, t: Tensor, point=point) -> Tensor:
+            return point(x, t, Condition())
+
+        F, J = functional(network, x, t, *consistency_direction(network(x, t), t))
+        assert least <= scm_tangent(F, F, x, J, t, 1.0).abs().max() < most
+
+
+def test_standard_noise_as_data() -> None:
+    """N(0, 1) at every time: F_T = 0, F* = -tan(t/2) x_t."""
+    standard = GaussianMixture([[0.0, 0.0]], [1.0])
+    x, t = places()
+    assert standard(x, t, Condition()).abs().max() < 1e-15
+    f = standard.consistency(x, t)
+    F = (along(t.cos(), x) * x - f) / along(t.sin(), x)
+    torch.testing.assert_close(F, -along(torch.tan(t / 2), x) * x)
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        return -along(torch.tan(t / 2), x) * x
+
+    zero = torch.zeros_like(x)
+    F, J = functional(exact, x, t, *consistency_direction(zero, t))
+    assert scm_tangent(F, zero, x, J, t, 1.0).abs().max() < 1e-15
+
+
 def test_each_part_of_the_tangent_is_needed() -> None:
     """Without J, without x_t or without the teacher, the exact function is no root any more."""
     x, t = places()

@@ -130,6 +130,23 @@ def test_without_the_tangent_it_is_another_function() -> None:
     )
 
 
+@pytest.mark.parametrize("r", [0.0, 0.5])
+def test_before_its_tangent_counts_it_learns_the_teacher(r: float) -> None:
+    """Of values that are free at every state, whose J is 0, the minimum is F_T - r tan t x_t."""
+    x_t, _ = TEACHER.sample(64, torch.Generator().manual_seed(0))
+    t = torch.linspace(0.1, 0.8, 64, dtype=torch.double)
+    F_T = TEACHER(x_t, t, Condition())
+    states = States(x_t, t, F_T, Condition(), torch.ones_like(t))
+    F = nn.Parameter(torch.zeros_like(x_t))
+    optimizer = torch.optim.SGD([F], lr=0.1 * 64)
+    for _ in range(30):
+        optimizer.zero_grad()
+        EVEN(Networks(lambda x, *_: F + 0 * x, None, None), states, r).total.backward()
+        optimizer.step()
+    expected = F_T - r * along(t.tan(), x_t) * x_t
+    torch.testing.assert_close(F.detach(), expected, atol=1e-3, rtol=0)
+
+
 def kept_states(scale: float) -> tuple[States, ImageBatch, GaussianMixture]:
     mixture = GaussianMixture([[1.0], [-1.0]], [0.3, 0.5]).requires_grad_(False)
     x_0, labels = mixture.sample(64, torch.Generator().manual_seed(0))
