@@ -28,10 +28,17 @@ def halves(pixels: Tensor) -> Seen:
     return Seen(torch.nn.functional.avg_pool2d(pixels, 4).flatten(1), logits)
 
 
-def evaluated(models: dict[str, str], features: Any = halves, **changes: Any) -> Evaluated:
+def blind(pixels: Tensor) -> Seen:
+    """Features alone."""
+    return Seen(halves(pixels).features, None)
+
+
+def evaluated(
+    models: dict[str, str], features: Any = blind, classifier: Any = halves, **changes: Any
+) -> Evaluated:
     settings = {"guidance_scale": 2.0, "teacher_steps": [3, 1], "seed": 0, "speed_repeats": 1}
     data = data_of(DIGITS, max_train_samples=200)
-    return images(models, data, features=features, **(settings | changes))
+    return images(models, data, features=features, classifier=classifier, **(settings | changes))
 
 
 @pytest.fixture
@@ -60,10 +67,20 @@ def test_the_class_that_is_seen_is_the_class_that_was_asked_for() -> None:
     assert found == pytest.approx(float((labels == 3).double().mean()))
     assert 0 < found < 1
 
-    def blind(pixels: Tensor) -> Seen:
-        return Seen(halves(pixels).features, None)
 
-    assert evaluated({}, blind).models["floor"].keys() == QUALITY
+def test_classes_may_be_left_alone() -> None:
+    assert evaluated({}, classifier=None).models["floor"].keys() == QUALITY
+    # Features that tell classes are not asked for them.
+    assert evaluated({}, halves, None).models["floor"].keys() == QUALITY
+
+
+def test_a_network_without_classes_is_no_classifier() -> None:
+    with pytest.raises(UserError) as refusal:
+        evaluated({}, classifier=blind)
+    assert str(refusal.value) == (
+        "evaluation.classifier: this network tells no classes of the data; expected "
+        "stillhouse.evaluation.features.classifier, or null for no class_consistency"
+    )
 
 
 class Real:
@@ -104,7 +121,13 @@ def test_a_perfect_generator_is_at_the_floor(models, monkeypatch) -> None:
     ],
 )
 def test_too_few_pictures_are_refused(changes: dict[str, int], said: str) -> None:
-    settings = {"features": halves, "guidance_scale": 1.0, "teacher_steps": [1], "seed": 0}
+    settings = {
+        "features": halves,
+        "classifier": None,
+        "guidance_scale": 1.0,
+        "teacher_steps": [1],
+        "seed": 0,
+    }
     with pytest.raises(UserError) as refusal:
         images({}, data_of(DIGITS, **changes), **settings, speed_repeats=1)
     assert str(refusal.value) == (
@@ -165,6 +188,6 @@ def test_a_folder_without_a_classifier(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         classifier(path=str(tmp_path))
     assert str(refusal.value) == (
-        f"evaluation.features.path={tmp_path}: there is no classifier; expected the artifact of a "
-        "stage of conf/stage/classifier.yaml"
+        f"evaluation.classifier.path or evaluation.features.path={tmp_path}: there is no "
+        "classifier; expected the artifact of a stage of conf/stage/classifier.yaml"
     )

@@ -124,10 +124,10 @@ def recipes(conf: Path) -> dict[str, tuple[str, str]]:
 
 
 def groups(conf: Path) -> dict[str, list[str]]:
-    """Return group -> options."""
+    """Return group -> options; a group within another one is `evaluation/features`."""
     return {
-        folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
-        for folder in sorted(conf.iterdir())
+        folder.relative_to(conf).as_posix(): sorted(p.stem for p in folder.glob("*.yaml"))
+        for folder in sorted(conf.rglob("*"))
         if folder.is_dir()
     }
 

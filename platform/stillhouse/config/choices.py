@@ -51,7 +51,7 @@ def drop_values_of_others(config: DictConfig, overrides: Sequence[str]) -> None:
         if not any(_not_in({}, config, choice.place)):
             continue
         written = [_key(o) for o in overrides if o != choice.override]
-        option = _at(_composed(f"{choice.group}/{choice.option}"), choice.group)
+        option = _at(_composed(f"{choice.group}/{choice.option}"), _package_of(choice.group))
         found = [
             (holder, key)
             for holder, key in _not_in(option, config, choice.place)
@@ -75,7 +75,12 @@ def _choices(overrides: Sequence[str]) -> Iterator[Choice]:
         group, _, package = _key(override).partition("@")
         option = override.partition("=")[2]
         if option in GlobalHydra.instance().config_loader().get_group_options(group):
-            yield Choice(override, group, option, package or group)
+            yield Choice(override, group, option, package or _package_of(group))
+
+
+def _package_of(group: str) -> str:
+    """Return the key that a group is laid on unless it is laid elsewhere."""
+    return group.replace("/", ".")
 
 
 def _is_plain(override: str) -> bool:

@@ -43,8 +43,8 @@ def classifier(*, path: str) -> Features:
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(
-            f"evaluation.features.path={path}: there is no classifier; expected the artifact of a "
-            "stage of conf/stage/classifier.yaml"
+            f"evaluation.classifier.path or evaluation.features.path={path}: there is no "
+            "classifier; expected the artifact of a stage of conf/stage/classifier.yaml"
         )
     network: Any = SmallClassifier.from_pretrained(path)
     network = network.to(device()).eval()

@@ -5,6 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from stillhouse.data.images import ImageData
 from stillhouse.errors import UserError
 from stillhouse.evaluation.distances import frechet_distance, precision_and_recall
@@ -25,6 +28,7 @@ def images(
     data: ImageData,
     *,
     features: Features,
+    classifier: Features | None,
     guidance_scale: Finite,
     teacher_steps: Sequence[int],
     seed: int,
@@ -37,15 +41,17 @@ def images(
     Args:
         models: role -> path of its pipeline.
         data: the pictures.
-        features: of `evaluation.features`, in which distances are taken: they are not the standard
-            FID's.
+        features: in which Frechet distance, precision and recall are taken. They name the distance:
+            it is the standard FID in none of them.
+        classifier: tells the classes of samples, for `class_consistency`; None takes no notice of
+            classes.
         guidance_scale: of a model that is integrated.
         teacher_steps: in how many steps it is.
         seed: of the noise.
         speed_repeats: how often the latency of a single sample is taken.
 
     Raises:
-        UserError: for too few pictures to compare.
+        UserError: for too few pictures to compare, and for a classifier that tells no classes.
     """
     for split in ("test", "train"):
         count = len(data.samples(split))
@@ -59,17 +65,21 @@ def images(
     for role, path in models.items():
         rows |= samplers(role, path, steps=teacher_steps, guidance_scale=guidance_scale)
     test = real_samples(data, "test")
-    reference = features(data.restored(real_samples(data, "train").x_0))
+    reference = features(data.restored(real_samples(data, "train").x_0)).features
     shown = _shown(test.condition, len(test.x_0))
+
+    def quality(pixels: Tensor) -> dict[str, float]:
+        found = _nearness(features(pixels).features, reference)
+        if classifier is not None and test.condition.labels is not None:
+            found["class_consistency"] = _consistency(classifier(pixels), test.condition.labels)
+        return found
+
     pixels = {FLOOR: data.restored(test.x_0)}
-    numbers: dict[str, Mapping[str, float | int]] = {
-        FLOOR: _quality(features(pixels[FLOOR]), test.condition, reference)
-    }
+    numbers: dict[str, Mapping[str, float | int]] = {FLOOR: quality(pixels[FLOOR])}
     for row, sampler in rows.items():
         found = drawn(sampler, data, seed=seed, repeats=speed_repeats)
         pixels[row] = data.restored(found.samples)
-        quality = _quality(features(pixels[row]), test.condition, reference)
-        numbers[row] = {**quality, **found.cost}
+        numbers[row] = {**quality(pixels[row]), **found.cost}
     grids = {row: values[shown].numpy() for row, values in pixels.items()}
     return Evaluated(models=numbers, pictures={"samples": partial(_draw, grids)})
 
@@ -92,17 +102,21 @@ def _shown(condition: Condition, count: int) -> list[int]:
     return places[:SHOWN]
 
 
-def _quality(seen: Seen, condition: Condition, reference: Seen) -> dict[str, float]:
-    """Return a row's numbers."""
-    precision, recall = precision_and_recall(
-        seen.features, reference.features, neighbours=NEIGHBOURS
-    )
-    found = {
-        "frechet_distance": frechet_distance(seen.features, reference.features),
+def _nearness(features: Float[Tensor, "N D"], reference: Float[Tensor, "M D"]) -> dict[str, float]:
+    """Return how near features are to the reference's."""
+    precision, recall = precision_and_recall(features, reference, neighbours=NEIGHBOURS)
+    return {
+        "frechet_distance": frechet_distance(features, reference),
         "precision": precision,
         "recall": recall,
     }
-    if seen.logits is not None and condition.labels is not None:
-        right = seen.logits.argmax(1) == condition.labels
-        found["class_consistency"] = float(right.double().mean())
-    return found
+
+
+def _consistency(seen: Seen, labels: Int[Tensor, "N"]) -> float:
+    """Return the share of samples that are seen as what was asked for."""
+    if seen.logits is None:
+        raise UserError(
+            "evaluation.classifier: this network tells no classes of the data; expected "
+            "stillhouse.evaluation.features.classifier, or null for no class_consistency"
+        )
+    return float((seen.logits.argmax(1) == labels).double().mean())
