@@ -22,20 +22,21 @@ from stillhouse.stages.workspace import register_resolvers
 
 CONF = ROOT / "conf"
 RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-# The others name models and data of a hub; those of a package have the stages of another recipe.
+# The others name models and data of a hub, or ask for a model; those of a package have the stages of
+# another recipe.
 RUNNABLE = [
     pytest.param(
         recipe,
-        marks=[pytest.mark.slow] if recipe.endswith(("_smollm2", "_emoji", "_latents")) else [],
+        marks=[pytest.mark.slow] if recipe.endswith(("_smollm2", "_emoji")) else [],
     )
     for recipe in RECIPES
-    if not recipe.endswith("_paper")
+    if not recipe.endswith(("_paper", "_latents"))
 ]
 # Whole runs cut in parts: in the default suite of one recipe; fifty methods must not lengthen it.
 CUT_IN_PARTS = [
     pytest.param(recipe, marks=[] if recipe == "word_kd" else [pytest.mark.slow])
     for recipe in RECIPES
-    if not recipe.endswith("_paper")
+    if not recipe.endswith(("_paper", "_latents"))
 ]
 
 

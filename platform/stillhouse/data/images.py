@@ -1,6 +1,6 @@
 """Pictures and points as a LightningDataModule: a source, normalised to unit variance, batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -103,10 +103,15 @@ class ImageData(pl.LightningDataModule):
                 )
         return captions
 
+    @cached_property
+    def splits(self) -> Mapping[Split, Samples]:
+        """What is learnt."""
+        return self.source.splits
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W), or (D,) of points."""
-        return tuple(self.source.splits["train"].values.shape[1:])
+        return tuple(self.splits["train"].values.shape[1:])
 
     @property
     def caption_width(self) -> int:
@@ -116,18 +121,24 @@ class ImageData(pl.LightningDataModule):
     @cached_property
     def mean(self) -> float:
         """Of all values of training."""
-        values = self.source.splits["train"].values
+        values = self.splits["train"].values
         return 0.0 if values.ndim == 2 else float(values.double().mean())
 
     @cached_property
     def std(self) -> float:
         """Of all values of training."""
-        values = self.source.splits["train"].values
+        values = self.splits["train"].values
         return 1.0 if values.ndim == 2 else float(values.double().std())
 
     def samples(self, split: Split) -> Samples:
-        """Return the samples of a split that are used, as the source has them."""
-        samples = self.source.splits[split]
+        """Return the samples of a split that are used, not yet normalised."""
+        return self._used(self.splits[split], split)
+
+    def pixels(self, split: Split) -> Tensor:
+        """Return the pictures of the samples that are used, from 0 to 1, or the points."""
+        return self._used(self.source.splits[split], split).values
+
+    def _used(self, samples: Samples, split: Split) -> Samples:
         most = self.max_train_samples if split == "train" else self.max_evaluation_rows
         return samples if most is None else samples.picked(torch.arange(min(most, len(samples))))
 
@@ -136,7 +147,7 @@ class ImageData(pl.LightningDataModule):
         return (values - self.mean) / self.std
 
     def restored(self, x_0: Tensor) -> Tensor:
-        """Return what `normalised` was made of."""
+        """Return pictures from 0 to 1, or points."""
         return x_0 * self.std + self.mean
 
     def collate(self, rows: Sequence[int], split: Split = "train") -> ImageBatch:

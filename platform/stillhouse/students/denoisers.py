@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from stillhouse.data.images import ImageData
+from stillhouse.data.latents import VAE, LatentData
 from stillhouse.data.pictures.captions import TEXT_ENCODER, TOKENIZER, Captions
 from stillhouse.data.vocabulary import load_tokenizer
 from stillhouse.diffusion.paths import RECTIFIED_FLOW, flow
@@ -25,6 +26,7 @@ from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive
 from stillhouse.records.diffusion import Condition
 from stillhouse.students import few_step_pipeline, modeling_few_step
+from stillhouse.students.autoencoders import load_autoencoder
 from stillhouse.students.encoders import load_encoder
 from stillhouse.students.few_step_pipeline import FewStepPipeline
 from stillhouse.students.modeling_few_step import PointNetwork, SmallDiT
@@ -66,7 +68,8 @@ class Denoiser(TrigFlowView):
 
         Args:
             folder: where to.
-            data: whose mean, deviation, classes and encoder of captions the pipeline keeps.
+            data: whose mean, deviation, classes, encoder of captions and autoencoder the pipeline
+                keeps.
             times: of a consistency model, by number of steps; empty for a flow.
             guidance_scale: its default.
         """
@@ -89,6 +92,9 @@ class Denoiser(TrigFlowView):
         }
         if data.captions is not None:
             index |= copied_encoder(data.captions, folder)
+        if isinstance(data, LatentData):
+            shutil.copytree(data.latents.folder / VAE, folder / VAE)
+            index[VAE] = ["diffusers", type(data.latents.autoencoder).__name__]
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -308,6 +314,8 @@ def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
             attn_implementation="sdpa",
             key=key,
         ).eval()
+    if VAE in index:
+        settings[VAE] = load_autoencoder(str(Path(path).expanduser() / VAE), key=key)
     return FewStepPipeline(load_denoiser(path, key=key).model.eval(), **settings)
 
 

@@ -46,6 +46,7 @@ class FewStepPipeline(DiffusionPipeline):
     Args:
         transformer: the network.
         tokenizer, text_encoder: what reads prompts; None for a network that is told classes.
+        vae: an autoencoder whose latents the network samples; None for pixels or points.
         times: falling times of a consistency model's longest schedule by number of steps, as
             {"1": [...], "2": [...]}; empty for a flow.
         mean, std: of the data's values, by which they were normalised; a number, or one a channel.
@@ -54,13 +55,14 @@ class FewStepPipeline(DiffusionPipeline):
         unconditional: whether the network knows samples of no class, as guidance needs them.
     """
 
-    _optional_components = ("tokenizer", "text_encoder")
+    _optional_components = ("tokenizer", "text_encoder", "vae")
 
     def __init__(
         self,
         transformer: Any,
         tokenizer: Any = None,
         text_encoder: Any = None,
+        vae: Any = None,
         times: dict[str, list[float]] | None = None,
         mean: float | list[float] = 0.0,
         std: float | list[float] = 1.0,
@@ -70,7 +72,7 @@ class FewStepPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(
-            transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder
+            transformer=transformer, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae
         )
         self.register_to_config(
             times=times or {},
@@ -218,6 +220,8 @@ class FewStepPipeline(DiffusionPipeline):
         shape = (1, -1, *[1] * (x.ndim - 2))
         mean, std = (torch.tensor(self.config[name]).view(shape) for name in ("mean", "std"))
         x = x.cpu() * std + mean
+        if self.vae is not None:
+            x = decoded(self.vae, x)
         if x.ndim == 2 or output_type == "pt":
             return x
         pixels = (255 * x.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
@@ -237,3 +241,15 @@ def embedded(tokenizer: Any, text_encoder: Any, texts: Sequence[str]) -> tuple[T
     ids, mask = (read[name].to(text_encoder.device) for name in ("input_ids", "attention_mask"))
     states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return states, mask.bool()
+
+
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Return pixels from 0 to 1 of latents [B, D, S, T]: [B, C, H, W].
+
+    Args:
+        vae: an autoencoder of diffusers.
+        latents: as its encoder makes them, without a scale.
+    """
+    found = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return (0.5 + 0.5 * found).clamp(0, 1).float().cpu()

@@ -1,0 +1,136 @@
+"""Latents: pictures as an autoencoder's codes, which generators learn in the place of pixels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stillhouse.data.images import ImageData
+from stillhouse.data.pictures.pictures import Samples, Split
+from stillhouse.errors import UserError
+from stillhouse.ranges import Count, CountFrom0
+from stillhouse.students.autoencoders import Autoencoder, load_autoencoder
+from stillhouse.students.few_step_pipeline import decoded
+
+LATENTS, VAE = "latents.safetensors", "vae"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A store, with the autoencoder beside it, as a pipeline of diffusers has it: `vae`.
+
+    Attributes:
+        folder: where it lies.
+        values: of each split's pictures, in their order [N, C, H, W].
+    """
+
+    folder: Path
+    values: Mapping[str, Float[Tensor, "N C H W"]]
+
+    def write(self) -> None:
+        """Write the latents; the autoencoder is written by who encodes."""
+        save_file(
+            {split: t.contiguous() for split, t in self.values.items()}, self.folder / LATENTS
+        )
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """What made them."""
+        return load_autoencoder(str(self.folder / VAE), key="data.latents_path")
+
+
+def read_latents(path: str, *, key: str) -> Latents:
+    """Return the store in a folder.
+
+    Raises:
+        UserError: for a folder without one.
+    """
+    folder = Path(path).expanduser()
+    try:
+        return Latents(folder, load_file(folder / LATENTS))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{key}={path}: no latents can be read there; expected the artifact of a stage of "
+            "conf/stage/encode_latents.yaml"
+        ) from error
+
+
+class LatentData(ImageData):
+    """Pictures of a source as latents; what is compared with the data is decoded first."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        latents_path: str,
+        source: dict[str, Any],
+        captions_path: str | None = None,
+        batch_size: Count,
+        evaluation_batch_size: Count,
+        max_train_samples: Count | None = None,
+        max_evaluation_rows: Count | None = None,
+        distinct_train_batches: Count | None = None,
+        num_workers: CountFrom0 = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Describe the data; nothing is read before it is asked for.
+
+        Args:
+            seed: of the order of training.
+            latents_path: an artifact of the stage `encode_latents`, of the same source.
+            source, captions_path, batch_size, evaluation_batch_size, max_train_samples,
+                max_evaluation_rows, distinct_train_batches, num_workers, pin_memory: as in
+                `ImageData`.
+        """
+        super().__init__(
+            seed,
+            source=source,
+            captions_path=captions_path,
+            batch_size=batch_size,
+            evaluation_batch_size=evaluation_batch_size,
+            max_train_samples=max_train_samples,
+            max_evaluation_rows=max_evaluation_rows,
+            distinct_train_batches=distinct_train_batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+        self.latents_path = latents_path
+
+    @cached_property
+    def latents(self) -> Latents:
+        """The store.
+
+        Raises:
+            UserError: for one of other pictures.
+        """
+        found = read_latents(self.latents_path, key="data.latents_path")
+        for split, samples in self.source.splits.items():
+            count = len(found.values.get(split, ()))
+            if count != len(samples):
+                raise UserError(
+                    f"data.latents_path={self.latents_path}: it has {count} pictures for {split}, "
+                    f"data.source {len(samples)}; encode those of this source"
+                )
+        return found
+
+    @cached_property
+    def splits(self) -> Mapping[Split, Samples]:
+        """The latents, with what is said of the pictures."""
+        return {
+            split: Samples(self.latents.values[split], samples.labels, samples.captions)
+            for split, samples in self.source.splits.items()
+        }
+
+    def restored(self, x_0: Tensor) -> Tensor:
+        """Return pictures, decoded."""
+        autoencoder = self.latents.autoencoder
+        parts = super().restored(x_0).split(BATCH)
+        return torch.cat([decoded(autoencoder, part) for part in parts])
