@@ -65,7 +65,7 @@ def images(
     for role, path in models.items():
         rows |= samplers(role, path, steps=teacher_steps, guidance_scale=guidance_scale)
     test = real_samples(data, "test")
-    reference = features(data.restored(real_samples(data, "train").x_0)).features
+    reference = features(data.pixels("train")).features
     shown = _shown(test.condition, len(test.x_0))
 
     def quality(pixels: Tensor) -> dict[str, float]:
@@ -74,7 +74,7 @@ def images(
             found["class_consistency"] = _consistency(classifier(pixels), test.condition.labels)
         return found
 
-    pixels = {FLOOR: data.restored(test.x_0)}
+    pixels = {FLOOR: data.pixels("test")}
     numbers: dict[str, Mapping[str, float | int]] = {FLOOR: quality(pixels[FLOOR])}
     for row, sampler in rows.items():
         found = drawn(sampler, data, seed=seed, repeats=speed_repeats)
