@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillhouse.diffusion import tangents
 from stillhouse.diffusion.paths import along
 from stillhouse.diffusion.tangents import (
     central_difference,
@@ -115,6 +116,21 @@ def test_a_module_without_a_forward_derivative_is_named() -> None:
         + re.escape(WAY_OUT),
         said,
     )
+
+
+def test_what_fails_without_a_tangent_is_not_called_one(monkeypatch) -> None:
+    """Neither a network that fails at any call, nor memory that a tangent does not fit into."""
+    network = Network(nn.Linear(3, 3))
+    x, t, *_ = point()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        check_network(network, network, x, t)
+
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tangents, "functional", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_network(Network(nn.Identity()), Network(nn.Identity()), x, t)
 
 
 def test_the_way_out_is_one() -> None:

@@ -121,10 +121,15 @@ def check_network(
     training = network.training
     network.eval()
     try:
+        with torch.no_grad():
+            # What fails without a tangent too says so itself.
+            F(x, t)
         with _innermost(network) as inside:
             try:
                 _, of_time = functional(F, x, t, torch.zeros_like(x), torch.ones_like(t))
                 _, of_x = functional(F, x, t, x_dot, still)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # NotImplementedError is one
                 raise UserError(
                     f"{key}: its module {inside[-1] if inside else 'itself'} has no forward-mode "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from training import bare_trainer, plain_sgd
 from stillhouse.data.images import ImageData
 from stillhouse.data.stream import generator_for
 from stillhouse.diffusion.solvers import ddim, few_step, uniform_grid
+from stillhouse.errors import UserError
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.ema import MovingAverage
 from stillhouse.families.optimizers import adamw
@@ -137,6 +139,18 @@ def test_learnt_weighting_is_trained_and_left_behind(tmp_path) -> None:
     ours: Any = module.student
     assert all(torch.equal(tensor, exported[n]) for n, tensor in ours.model.state_dict().items())
     assert exported.keys() == ours.model.state_dict().keys()
+
+
+def test_a_weighting_that_is_not_read_is_refused(tmp_path) -> None:
+    def unweighted(networks: Networks, *rest: Any) -> LossTerms:
+        return still(replace(networks, log_variance=None), *rest)
+
+    with pytest.raises(UserError) as caught:
+        fitted(module_of(unweighted, learnt_weighting=True), tmp_path)
+    assert str(caught.value) == (
+        "stages.<stage>.family.learnt_weighting=true: this method does not weight its loss by what "
+        "is learnt; expected false"
+    )
 
 
 def test_what_is_exported_keeps_times_and_scale(tmp_path) -> None:

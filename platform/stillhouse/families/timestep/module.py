@@ -50,7 +50,8 @@ class TimestepDistiller(Distiller):
         samples: of the last validation, from the same noise every time, normalised as the data are.
 
     Raises:
-        UserError: for times that do not fall, or are more or fewer than their number of steps.
+        UserError: for times that do not fall, or are more or fewer than their number of steps; in
+            training, for a learnt weighting that the method does not read.
     """
 
     unit = "images"
@@ -121,6 +122,11 @@ class TimestepDistiller(Distiller):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into those of the mean over the window's samples; log that mean."""
+        if self.log_variance is not None and self.log_variance.line.weight.grad is None:
+            raise UserError(
+                "stages.<stage>.family.learnt_weighting=true: this method does not weight its loss "
+                "by what is learnt; expected false"
+            )
         images, means = self._window.close(optimizer, self.trainer.world_size)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()}, batch_size=1)
         self.units_seen += images
