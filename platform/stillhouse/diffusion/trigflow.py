@@ -64,3 +64,9 @@ def noised(x_0: Tensor, noise: Tensor, t: Float[Tensor, "B"]) -> Tensor:
     """Return x_t = cos(t) x_0 + sin(t) ε on TrigFlow's path."""
     t = t.double()
     return along(TRIGFLOW.alpha(t), x_0) * x_0 + along(TRIGFLOW.sigma(t), x_0) * noise
+
+
+def velocity(x_0: Tensor, noise: Tensor, t: Float[Tensor, "B"]) -> Tensor:
+    """Return cos(t) ε - sin(t) x_0, the velocity of that path."""
+    t = t.double()
+    return along(t.cos(), x_0) * noise - along(t.sin(), x_0) * x_0

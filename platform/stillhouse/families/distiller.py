@@ -55,6 +55,14 @@ class Distiller(pl.LightningModule):
         """Build the optimiser over the student's trainable parameters."""
         return self._optimizer(self.student, self.trainer.max_steps)
 
+    def optimizer_steps(self, updates: int) -> int:
+        """Return how many steps of the optimiser so many updates of the student take."""
+        return updates
+
+    def updates_at(self, step: int) -> int:
+        """Return how many updates the student had before a step of the optimiser."""
+        return step
+
     def export(self, folder: Path, data: Any) -> None:
         """Write the student to `folder` as an ordinary model of its library.
 

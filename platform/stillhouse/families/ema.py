@@ -57,10 +57,12 @@ class MovingAverage(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Move the average, once an optimiser step."""
-        if trainer.global_step == self._updates:
+        """Move the average, once an update of the student."""
+        assert isinstance(pl_module, Distiller)
+        updates = pl_module.updates_at(trainer.global_step)
+        if updates == self._updates:
             return
-        self._updates = trainer.global_step
+        self._updates = updates
         share = min(self.decay, (1 + self._updates) / (10 + self._updates))
         for name, tensor in _learnt(pl_module).items():
             average = self._average[name]

@@ -1,13 +1,16 @@
 """Optimisers with their schedules, as `conf/optimizer/*.yaml` names them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from stillhouse.errors import UserError
 from stillhouse.ranges import Positive, Share, Weight
 
 
@@ -53,3 +56,36 @@ def adamw(
 
     schedule = LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def taking_turns(
+    parts: Sequence[tuple[Any, Callable[[int], int]]],
+) -> OptimizerLRScheduler:
+    """Join optimisers of one kind, each of which learns in some of the steps.
+
+    What has no gradient in a step is passed over by torch's optimisers, with its state.
+
+    Args:
+        parts: what a builder made, and how often it has learnt before a step of the whole.
+
+    Raises:
+        UserError: for optimisers of several kinds.
+    """
+    kinds = {type(built["optimizer"]) for built, _ in parts}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise UserError(f"optimizer: phases are given {names}; expected one kind for all")
+    groups, factors = [], []
+    for built, updates in parts:
+        schedule: LambdaLR = built["lr_scheduler"]["scheduler"]
+        for group, factor in zip(built["optimizer"].param_groups, schedule.lr_lambdas, strict=True):
+            rate = group["initial_lr"]
+            groups.append({k: v for k, v in group.items() if k != "initial_lr"} | {"lr": rate})
+            factors.append(partial(_at_update, factor, updates))
+    optimizer = kinds.pop()(groups)
+    schedule = LambdaLR(optimizer, factors)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _at_update(factor: Callable[[int], float], updates: Callable[[int], int], step: int) -> float:
+    return factor(updates(step))

@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from stillhouse.diffusion.paths import along
 from stillhouse.diffusion.times import TimeSampler
-from stillhouse.diffusion.trigflow import noised
+from stillhouse.diffusion.trigflow import noised, velocity
 from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.objectives.consistency import Weighting
@@ -66,8 +65,7 @@ def denoising(
     noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
     dropped = torch.rand(len(x_0), generator=generator).to(x_0.device) < condition_dropout
     F = networks.student(noised(x_0, noise, t), t, batch.condition.dropped(dropped))
-    target = along(t.cos(), x_0) * noise - along(t.sin(), x_0) * x_0
-    losses = (F - target).square().flatten(1).mean(1) * weighting(t).to(F.dtype)
+    losses = (F - velocity(x_0, noise, t)).square().flatten(1).mean(1) * weighting(t).to(F.dtype)
     return LossTerms(total=losses.mean())
 
 

@@ -51,6 +51,10 @@ class Condition(NamedTuple):
         """Return the whole batch `times` times, one behind the other."""
         return Condition(*(t if t is None else torch.cat([t] * times) for t in self))
 
+    def rolled(self) -> "Condition":
+        """Return for each sample that of the one before it."""
+        return Condition(*(t if t is None else t.roll(1, 0) for t in self))
+
     def joined(self, other: "Condition") -> "Condition":
         """Return the samples of both, one behind the other."""
         pairs: Any = zip(self, other, strict=True)

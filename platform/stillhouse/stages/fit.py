@@ -94,7 +94,7 @@ class Fit:
         reports = dict(heard(context, [data]))
         progress = StageProgress(context.name, context.console)
         callbacks = self._callbacks(context.name)
-        trainer = self._trainer(context, [progress, *callbacks])
+        trainer = self._trainer(context, [progress, *callbacks], module)
         checkpoint = latest_checkpoint(context.scratch)
         for logger in context.tracker.loggers:
             if isinstance(logger, SeriesLogger):
@@ -137,14 +137,22 @@ class Fit:
                 callback.key = f"{own}callbacks.{name}"
         return list(built.values())
 
-    def _trainer(self, context: StageContext, callbacks: list[pl.Callback]) -> pl.Trainer:
-        """Build the trainer.
+    def _trainer(
+        self, context: StageContext, callbacks: list[pl.Callback], module: Distiller
+    ) -> pl.Trainer:
+        """Build the trainer; what the config says in the student's updates becomes steps.
 
         Raises:
             UserError: for values that Lightning refuses, and for a budget of no step.
         """
+        in_updates = {
+            key: module.optimizer_steps(self.trainer[key])
+            for key in ("max_steps", "val_check_interval")
+            if isinstance(self.trainer.get(key), int) and self.trainer[key] > 0
+        }
         try:
             trainer: pl.Trainer = instantiate(self.trainer)(
+                **in_updates,
                 default_root_dir=context.scratch,
                 logger=context.tracker.loggers or False,
                 callbacks=callbacks,

@@ -56,6 +56,13 @@ class Denoiser(TrigFlowView):
         """The model of diffusers."""
         return self.network.model
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (D,) of points."""
+        settings = self.model.config
+        side = settings.get("sample_size")
+        return (settings["in_channels"], *([] if side is None else [side, side]))
+
     def save(
         self,
         folder: Path,
@@ -362,15 +369,12 @@ def check_shape(denoiser: Denoiser, data: ImageData, *, key: str, path: str) -> 
     Raises:
         UserError: naming both.
     """
-    settings = denoiser.model.config
-    side = settings.get("sample_size")
-    shape = (settings["in_channels"], *([] if side is None else [side, side]))
-    if shape != data.image_shape:
+    if denoiser.sample_shape != data.image_shape:
         raise UserError(
-            f"{key}={path}: its samples are {' x '.join(map(str, shape))}, those of data are "
-            f"{' x '.join(map(str, data.image_shape))}"
+            f"{key}={path}: its samples are {' x '.join(map(str, denoiser.sample_shape))}, those "
+            f"of data are {' x '.join(map(str, data.image_shape))}"
         )
-    width = settings.get("caption_width", 0)
+    width = denoiser.model.config.get("caption_width", 0)
     if width != data.caption_width:
         raise UserError(
             f"{key}={path}: its captions are {width} wide, those of data {data.caption_width}; 0 "

@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from stillhouse.diffusion.paths import along
 from stillhouse.diffusion.times import TimeSampler
-from stillhouse.diffusion.trigflow import denoised, noised
+from stillhouse.diffusion.trigflow import denoised, noised, velocity
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.objectives.consistency import Weighting
 from stillhouse.records.diffusion import PairBatch
@@ -51,8 +50,9 @@ def reflow(
     """
     t = times(len(batch.x_0), generator).to(batch.x_0.device)
     F = networks.student(noised(batch.x_0, batch.noise, t), t, batch.condition)
-    target = along(t.cos(), batch.x_0) * batch.noise - along(t.sin(), batch.x_0) * batch.x_0
-    losses = (F - target).square().flatten(1).mean(1) * weighting(t).to(F.dtype)
+    losses = (F - velocity(batch.x_0, batch.noise, t)).square().flatten(1).mean(1) * weighting(
+        t
+    ).to(F.dtype)
     return LossTerms(total=losses.mean())
 
 

@@ -1,6 +1,7 @@
-"""The training step of the family `timestep`, where one network learns."""
+"""The training step of the family `timestep`: a student, and networks that take turns with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +18,49 @@ from stillhouse.diffusion.tangents import check_network
 from stillhouse.errors import UserError
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
+from stillhouse.families.optimizers import taking_turns
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
+from stillhouse.families.timestep.turns import STUDENT, Turn, Turns
 from stillhouse.families.window_means import WindowMeans
 from stillhouse.records.diffusion import ImageBatch, PairBatch
-from stillhouse.records.losses import LossTerms
 
 # Steps that a flow is integrated in at a validation.
 VALIDATION_STEPS = 20
 # Samples that a tangent is tried on before the first step.
 TRIED = 4
+# Networks besides the student that a phase may train.
+OTHERS = ("fake_score", "discriminator")
 
 
 class TimestepDistiller(Distiller):
-    """A method's loss of a batch, one network that learns.
+    """A method's loss of a batch, for the network whose turn it is.
 
     What a step draws, times and noise and more, is decided by (seed, place in training, rank), and
-    so the same after a resume.
+    so the same after a resume; so is whose turn it is. Only its networks have gradients then, and
+    the optimiser passes the others over. The budget, `trainer.max_steps`, is the student's updates.
 
     Args:
         student: what learns, a `students.denoisers.Denoiser`.
         teacher: frozen, with the same signature; None for methods that have none.
-        method: the loss.
-        optimizer: called with (what learns, max_steps).
+        method: the loss; with phases, one by name for `student` and for each of them.
+        optimizer: of the student, called with (what learns, how often it will).
         times: falling times of the few-step sampler by number of steps, which validation samples
             with and the exported pipeline keeps; empty for a flow that is integrated instead.
         guidance_scale: what the exported pipeline, and validation, tell the student by default.
         takes_tangents: whether the method takes forward-mode derivatives of the student; they are
             tried out before the first step.
         learnt_weighting: whether the loss is weighted by a learnt e^{-u(t)}.
+        phases: besides the student's, of `turns`.
+        fake_score: of `teachers.fake_scores`, called with (teacher); None for none.
+        discriminator: of `students.discriminators`, called with (teacher); None for none.
 
     Attributes:
         samples: of the last validation, from the same noise every time, normalised as the data are.
 
     Raises:
-        UserError: for times that do not fall, or are more or fewer than their number of steps; in
-            training, for a learnt weighting that the method does not read.
+        UserError: for times that do not fall, or are more or fewer than their number of steps; for
+            a phase without a loss, without a network or without anything that learns; in training,
+            for a learnt weighting that the method does not read.
     """
 
     unit = "images"
@@ -60,15 +69,19 @@ class TimestepDistiller(Distiller):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        method: TimestepMethod,
+        method: TimestepMethod | Mapping[str, TimestepMethod],
         optimizer: OptimizerBuilder,
         *,
         times: Mapping[str, Sequence[float]],
         guidance_scale: float,
         takes_tangents: bool,
         learnt_weighting: bool,
+        phases: Mapping[str, Turn] | None = None,
+        fake_score: Callable[[Any], nn.Module] | None = None,
+        discriminator: Callable[[Any], nn.Module] | None = None,
     ) -> None:
-        super().__init__(student, teacher, method, optimizer)
+        methods = {STUDENT: method} if callable(method) else dict(method)
+        super().__init__(student, teacher, methods[STUDENT], optimizer)
         for steps, values in times.items():
             key = f"stages.<stage>.family.times.{steps}"
             check_times(values, key=key)
@@ -78,6 +91,19 @@ class TimestepDistiller(Distiller):
         self.guidance_scale = guidance_scale
         self.takes_tangents = takes_tangents
         self.log_variance = LogVariance() if learnt_weighting else None
+        self.fake_score = fake_score(teacher) if fake_score else None
+        self.discriminator = discriminator(teacher) if discriminator else None
+        self.methods = methods
+        self.turns = Turns(phases or {})
+        self._learnt = {STUDENT: _trainable(self.student, self.log_variance)}
+        for name, turn in self.turns.others.items():
+            self._learnt[name] = self._trained_in(name, turn)
+        if set(methods) != set(self._learnt):
+            raise UserError(
+                f"method: it has losses for {', '.join(methods)}, the phases are "
+                f"{', '.join(self._learnt)}; expected stages.<stage>.family.phases with a phase "
+                "for each loss besides the student's"
+            )
         self._window = WindowMeans()
         self._generated: list[tuple[Tensor, Tensor]] = []
         self.samples = torch.empty(0)
@@ -87,12 +113,30 @@ class TimestepDistiller(Distiller):
         """What the method is called with."""
         student: Any = self.student
         teacher: Any = self.teacher
-        return Networks(student, teacher, self.log_variance)
+        fake_score: Any = self.fake_score
+        return Networks(student, teacher, self.log_variance, fake_score, self.discriminator)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the student and what is learnt beside it."""
+        """Build the optimiser: a group for each phase, each with a schedule of its own updates."""
+        steps = self.trainer.max_steps
         learnt = [m for m in (self.student, self.log_variance) if m is not None]
-        return self._optimizer(nn.ModuleList(learnt), self.trainer.max_steps)
+        own = self._optimizer(nn.ModuleList(learnt), self.updates_at(steps))
+        if not self.turns.others:
+            return own
+        parts = [(own, self.updates_at)]
+        for name, turn in self.turns.others.items():
+            networks = nn.ModuleList(getattr(self, network) for network in turn.trains)
+            updates = partial(self.turns.updates, name)
+            parts.append((turn.optimizer(networks, max(1, updates(steps))), updates))
+        return taking_turns(parts)
+
+    def optimizer_steps(self, updates: int) -> int:
+        """Return how many steps of the optimiser so many updates of the student take."""
+        return self.turns.steps(updates)
+
+    def updates_at(self, step: int) -> int:
+        """Return how many updates the student had before a step of the optimiser."""
+        return self.turns.updates(STUDENT, step)
 
     def on_train_start(self) -> None:
         """Refuse a student whose tangent is missing or wrong, before it is trained on."""
@@ -112,8 +156,10 @@ class TimestepDistiller(Distiller):
         stream = self.trainer.train_dataloader
         assert isinstance(stream, BatchStream)
         generator = generator_for(stream.seed, batch_idx, self.global_rank)
-        phase = Phase(self.global_step, self.trainer.max_steps)
-        losses: LossTerms = self.method(self.networks, batch, phase, generator)
+        name, update = self.turns.at(self.global_step)
+        self._let_learn(name)
+        phase = Phase(update, self.updates_at(self.trainer.max_steps))
+        losses = self.methods[name](self.networks, batch, phase, generator)
         count = torch.tensor(len(batch.x_0), device=self.device)
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         self._window.add(losses, count)
@@ -122,14 +168,44 @@ class TimestepDistiller(Distiller):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into those of the mean over the window's samples; log that mean."""
-        if self.log_variance is not None and self.log_variance.line.weight.grad is None:
+        name, _ = self.turns.at(self.global_step)
+        alone = name == STUDENT
+        if alone and self.log_variance is not None and self.log_variance.line.weight.grad is None:
             raise UserError(
                 "stages.<stage>.family.learnt_weighting=true: this method does not weight its loss "
                 "by what is learnt; expected false"
             )
         images, means = self._window.close(optimizer, self.trainer.world_size)
-        self.log_dict({f"train_{name}": mean for name, mean in means.items()}, batch_size=1)
-        self.units_seen += images
+        prefix = "train_" if alone else f"train_{name}_"
+        self.log_dict({f"{prefix}{term}": mean for term, mean in means.items()}, batch_size=1)
+        self.units_seen += images if alone else 0
+
+    def _trained_in(self, name: str, turn: Turn) -> list[nn.Parameter]:
+        """Return what learns in a phase.
+
+        Raises:
+            UserError: for a network that is not there, and for nothing that learns.
+        """
+        key = f"stages.<stage>.family.phases.{name}.trains={list(turn.trains)}"
+        there = [n for n in OTHERS if getattr(self, n) is not None]
+        for network in turn.trains:
+            if network not in there:
+                raise UserError(
+                    f"{key}: there is no {network}; expected some of {', '.join(there) or 'none'}, "
+                    "which stages.<stage>.family gives by their names"
+                )
+        learnt = _trainable(*(getattr(self, network) for network in turn.trains))
+        if not learnt:
+            raise UserError(f"{key}: nothing in the phase learns; expected a network with weights")
+        return learnt
+
+    def _let_learn(self, name: str) -> None:
+        """Give gradients to the parameters of one phase, and to no other's."""
+        for parameters in self._learnt.values():
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        for parameter in self._learnt[name]:
+            parameter.requires_grad_(True)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Sample as many as the batch has, alike every time, of its conditions."""
@@ -163,6 +239,12 @@ class TimestepDistiller(Distiller):
         """Write the student as a pipeline of diffusers."""
         student: Any = self.student
         student.save(folder, data, times=self.times, guidance_scale=self.guidance_scale)
+
+
+def _trainable(*networks: nn.Module | None) -> list[nn.Parameter]:
+    """Return the parameters that learn."""
+    found = [network.parameters() for network in networks if network is not None]
+    return [p for parameters in found for p in parameters if p.requires_grad]
 
 
 class LogVariance(nn.Module):

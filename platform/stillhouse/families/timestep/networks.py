@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from stillhouse.records.diffusion import TrigFlowNetwork
+from stillhouse.records.diffusion import Condition, TrigFlowNetwork
 from stillhouse.records.losses import LossTerms
 
 
@@ -20,11 +20,16 @@ class Networks:
         teacher: frozen; None where a method has none.
         log_variance: u(t), learnt beside the student and left behind; None where losses are not
             weighted by what is learnt.
+        fake_score: follows the student's samples; None where a method has none.
+        discriminator: called with (trunk, x_t, t, condition), returns logits [B, K], high for what
+            is real; None where a method has none.
     """
 
     student: TrigFlowNetwork
     teacher: TrigFlowNetwork | None
     log_variance: Callable[[Float[Tensor, "B"]], Float[Tensor, "B"]] | None
+    fake_score: TrigFlowNetwork | None = None
+    discriminator: Callable[[Any, Tensor, Tensor, Condition], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""What the distribution-matching methods have in common: a generator's loss, its fake score's loss.
+
+A generator's loss is called with (networks, x_0, condition, guidance_scale, generator) and returns
+one of each sample. `score_difference` injects a gradient: neither teacher nor fake score is asked
+with a gradient, whatever they learn elsewhere.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from stillhouse.diffusion.guidance import guided
+from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.trigflow import denoised, noised, velocity
+from stillhouse.errors import UserError
+from stillhouse.families.timestep.networks import Networks
+from stillhouse.objectives.consistency import Weighting as WeightOfTime
+from stillhouse.objectives.distribution_matching import Weighting, injected, matching_gradient
+from stillhouse.ranges import Finite, Share
+from stillhouse.records.diffusion import Condition, TrigFlowNetwork
+
+GeneratorLoss = Callable[[Networks, Tensor, Condition, Tensor, Generator], Float[Tensor, "B"]]
+
+
+def score_difference(
+    networks: Networks,
+    x_0: Float[Tensor, "B ..."],
+    condition: Condition,
+    guidance_scale: Float[Tensor, "B"],
+    generator: Generator,
+    *,
+    times: TimeSampler,
+    weighting: Weighting,
+    fake_guidance_scale: Finite | None = 1.0,
+) -> Float[Tensor, "B"]:
+    """Return a loss whose gradient is that of KL(student, teacher), weighted.
+
+    Args:
+        networks: teacher and fake score.
+        x_0: samples of the student, with their gradient.
+        condition: of each.
+        guidance_scale: of the teacher, for each.
+        generator: of times and noise, on the CPU.
+        times: of `diffusion.times`.
+        weighting: of `objectives.distribution_matching`.
+        fake_guidance_scale: of the fake score; None for the teacher's.
+
+    Raises:
+        UserError: without teacher or fake score.
+    """
+    teacher, fake = both_scores(networks)
+    t, noise = drawn(x_0, times, generator)
+    own = guidance_scale
+    if fake_guidance_scale is not None:
+        own = torch.full_like(guidance_scale, fake_guidance_scale)
+    with torch.no_grad():
+        x_t = noised(x_0, noise, t)
+        f_teacher = denoised(x_t, guided(teacher, x_t, t, condition, guidance_scale), t)
+        f_fake = denoised(x_t, guided(fake, x_t, t, condition, own), t)
+        g = matching_gradient(x_0, f_fake, f_teacher, t, weighting)
+    return injected(x_0, g)
+
+
+def fake_score_loss(
+    networks: Networks,
+    x_0: Float[Tensor, "B ..."],
+    condition: Condition,
+    generator: Generator,
+    *,
+    times: TimeSampler,
+    weighting: WeightOfTime,
+    condition_dropout: Share = 0.0,
+) -> Float[Tensor, "B"]:
+    """Return w(t) mean_D (F_fake - (cos t ε - sin t x_0))², denoising of the student's samples.
+
+    Args:
+        networks: the fake score.
+        x_0: samples of the student, without a gradient.
+        condition: of each.
+        generator: of times, noise and drops, on the CPU.
+        times: of `diffusion.times`.
+        weighting: `objectives.consistency.even` is ‖x_0 - f‖² / sin² t (EDM, rCM), `of_noise` the
+            error of the predicted noise, `of_scaled_noise` the same times cos² t.
+        condition_dropout: share of samples without their condition, so that it can be guided.
+
+    Raises:
+        UserError: without a fake score.
+    """
+    _, fake = both_scores(networks)
+    t, noise = drawn(x_0, times, generator)
+    dropped = torch.rand(len(x_0), generator=generator).to(x_0.device) < condition_dropout
+    F = fake(noised(x_0, noise, t), t, condition.dropped(dropped))
+    losses = (F - velocity(x_0, noise, t)).square().flatten(1).mean(1)
+    return losses * weighting(t).to(F.dtype)
+
+
+def of_noise(t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Return cos² t: ε_fake - ε = cos t (F_fake - dx/dt) (DMD2)."""
+    return t.cos().square()
+
+
+def of_scaled_noise(t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Return cos⁴ t: prediction and noise scaled by α = cos t (SwiftBrush's code)."""
+    return t.cos().pow(4)
+
+
+def drawn(
+    x_0: Float[Tensor, "B ..."], times: TimeSampler, generator: Generator
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B ..."]]:
+    """Return a time and noise for each sample."""
+    t = times(len(x_0), generator).to(x_0.device)
+    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+    return t, noise
+
+
+def both_scores(networks: Networks) -> tuple[TrigFlowNetwork, TrigFlowNetwork]:
+    """Return teacher and fake score.
+
+    Raises:
+        UserError: naming the one that is not there.
+    """
+    if networks.teacher is None:
+        raise UserError("teacher=null: distribution matching has one; expected teacher=denoiser")
+    if networks.fake_score is None:
+        raise UserError(
+            "stages.<stage>.family.fake_score=null: distribution matching follows the student's "
+            "samples with one; expected fake_score=full_copy, lora or pretrained"
+        )
+    return networks.teacher, networks.fake_score

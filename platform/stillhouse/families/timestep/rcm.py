@@ -1,0 +1,106 @@
+"""rCM: continuous-time consistency with distribution matching as a long-skip regulariser.
+
+Kaiwen Zheng et al., "Large Scale Diffusion Distillation via Score-Regularized Continuous-Time
+Consistency", arXiv:2510.08431. Consistency covers modes and blurs, since its error adds up from
+data to noise; distribution matching supervises the whole jump, and sharpens:
+
+    student     L = L_sCM + λ L_DMD(x_0),   x_0 a rollout of 1 to N steps at drawn times
+    critic      mean_D (F_fake - dx/dt)² at noised rollouts, from the end of the warm-up on
+
+The paper sums squares over a sample's D elements and halves nothing: its λ L_DMD is 2 λ times
+`matching`'s beside a mean. Its code says 100 L_sCM + L_DMD for λ = 0.01.
+"""
+
+import torch
+from torch import Generator
+
+from stillhouse.diffusion.guidance import GuidanceScale
+from stillhouse.diffusion.times import TimeSampler
+from stillhouse.families.timestep.consistency import ConsistencyLoss
+from stillhouse.families.timestep.dmd2 import samples
+from stillhouse.families.timestep.matching import GeneratorLoss, WeightOfTime, fake_score_loss
+from stillhouse.families.timestep.networks import Networks, Phase
+from stillhouse.families.timestep.rollouts import Rollout
+from stillhouse.families.timestep.scm import scm
+from stillhouse.ranges import CountFrom0, Weight
+from stillhouse.records.diffusion import ImageBatch
+from stillhouse.records.losses import LossTerms
+
+
+def student(
+    networks: Networks,
+    batch: ImageBatch,
+    phase: Phase,
+    generator: Generator,
+    *,
+    loss: ConsistencyLoss,
+    times: TimeSampler,
+    guidance_scale: GuidanceScale,
+    warmup_steps: CountFrom0,
+    consistency_weight: Weight,
+    rollout: Rollout,
+    matching: GeneratorLoss,
+    matching_weight: Weight,
+) -> LossTerms:
+    """Return the student's loss, a mean over the samples.
+
+    Args:
+        networks: student, teacher and fake score.
+        batch: data.
+        phase: where training stands; no distribution is matched before `warmup_steps`.
+        generator: of everything drawn, on the CPU.
+        loss, times, guidance_scale, warmup_steps: as in `scm.scm`.
+        consistency_weight: 1; 0 leaves distribution matching alone.
+        rollout: of `rollouts`.
+        matching: of `matching`, a loss of each sample.
+        matching_weight: λ; 0 leaves consistency alone.
+    """
+    total, terms = torch.zeros((), device=batch.x_0.device), {}
+    if consistency_weight:
+        consistent = scm(
+            networks,
+            batch,
+            phase,
+            generator,
+            loss=loss,
+            times=times,
+            guidance_scale=guidance_scale,
+            warmup_steps=warmup_steps,
+        )
+        total = total + consistency_weight * consistent.total
+        terms |= consistent.terms
+    if matching_weight and phase.update >= warmup_steps:
+        scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
+        x_0 = samples(networks, batch, phase, generator, rollout, scale)
+        matched = matching(networks, x_0, batch.condition, scale, generator).mean()
+        total = total + 2 * matching_weight * matched
+        terms["matching"] = matched.detach()
+    return LossTerms(total, terms)
+
+
+def critic(
+    networks: Networks,
+    batch: ImageBatch,
+    phase: Phase,
+    generator: Generator,
+    *,
+    rollout: Rollout,
+    guidance_scale: GuidanceScale,
+    times: TimeSampler,
+    weighting: WeightOfTime,
+) -> LossTerms:
+    """Return the fake score's loss, a mean over the samples.
+
+    Args:
+        networks, batch, phase, generator: as in `student`; of the data only the shape is read.
+        rollout, guidance_scale: as in `student`; of a student that is told its scale.
+        times: of `diffusion.times`.
+        weighting: of `matching` or `objectives.consistency`.
+    """
+    scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
+    with torch.no_grad():
+        x_0 = samples(networks, batch, phase, generator, rollout, scale)
+    losses = fake_score_loss(
+        networks, x_0, batch.condition, generator, times=times, weighting=weighting
+    )
+    return LossTerms(losses.mean())

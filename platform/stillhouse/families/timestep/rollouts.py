@@ -1,0 +1,81 @@
+"""Samples of a student as its sampler meets them: all steps but the last without a gradient.
+
+A rollout is called with (F, noise, update, generator) and returns x_0 [B, ...]. F is the student;
+`update` decides how many steps are taken, alike on all ranks. Between steps a sample is noised
+again, with fresh noise.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from stillhouse.data.stream import generator_for
+from stillhouse.diffusion.solvers import Velocity, check_times
+from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.trigflow import denoised, noised
+from stillhouse.ranges import Count
+
+Rollout = Callable[[Velocity, Tensor, int, Generator], Tensor]
+
+
+def backward_simulation(
+    F: Velocity,
+    noise: Float[Tensor, "B ..."],
+    update: int,
+    generator: Generator,
+    *,
+    times: Sequence[float],
+) -> Float[Tensor, "B ..."]:
+    """Return samples of the first k steps of a grid, k even over 1 .. N (DMD2).
+
+    Args:
+        F, noise, update, generator: of a rollout.
+        times: falling, the sampler's own; [π/2] is a generator of one step.
+    """
+    check_times(times, key="method.<phase>.rollout.times")
+    steps = int(torch.randint(len(times), (), generator=generator_for(update))) + 1
+    grid = [_all_at(noise, t) for t in times[:steps]]
+    return _rolled(F, noise, grid, generator)
+
+
+def falling(
+    F: Velocity,
+    noise: Float[Tensor, "B ..."],
+    update: int,
+    generator: Generator,
+    *,
+    times: TimeSampler,
+    most_steps: Count,
+) -> Float[Tensor, "B ..."]:
+    """Return samples of N steps at drawn times that fall from π/2, N in turn 1 .. most (rCM).
+
+    Args:
+        F, noise, update, generator: of a rollout.
+        times: of `diffusion.times`; a draw behind the time before it becomes that time.
+        most_steps: the largest N; the paper draws N, its code takes it in turn.
+    """
+    grid = [_all_at(noise, math.pi / 2)]
+    for _ in range(update % most_steps):
+        drawn = times(len(noise), generator).to(noise.device)
+        grid.append(torch.minimum(drawn, grid[-1]))
+    return _rolled(F, noise, grid, generator)
+
+
+def _rolled(
+    F: Velocity, noise: Tensor, grid: Sequence[Tensor], generator: Generator
+) -> Float[Tensor, "B ..."]:
+    x_t = noise
+    with torch.no_grad():
+        for t, after in itertools.pairwise(grid):
+            x_0 = denoised(x_t, F(x_t, t), t)
+            fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
+            x_t = noised(x_0, fresh.to(noise.device), after)
+    return denoised(x_t, F(x_t, grid[-1]), grid[-1])
+
+
+def _all_at(x: Tensor, t: float) -> Float[Tensor, "B"]:
+    return torch.full((len(x),), t, dtype=torch.double, device=x.device)
