@@ -1,4 +1,4 @@
-"""Functions of a test file in processes of their own, which are killed at some place."""
+"""Functions of a test file in processes of their own, killed at some place; what they leave."""
 
 import os
 import subprocess
@@ -6,6 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def started(function: Callable[..., None], *arguments: str) -> subprocess.Popen[bytes]:
@@ -30,3 +33,14 @@ def kill_at(process: subprocess.Popen[bytes], wanted: int, reached: Callable[[],
     finally:
         process.kill()
         process.wait()
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Compare nested dicts and lists of tensors bit for bit."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            same(found[key], value) for key, value in expected.items()
+        )
+    if isinstance(expected, list):
+        return all(same(a, b) for a, b in zip(found, expected, strict=True))
+    return torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected

@@ -148,7 +148,8 @@ class _VirtualBatchNorm(nn.Module):
 def _watched(trunk: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Give what modules return, by name, while the trunk is called."""
     seen: dict[str, Tensor] = {}
-    modules = dict(trunk.named_modules())
+    # A teacher with adapters is no part of the module that adapts it.
+    modules = dict(getattr(trunk, "trunk", trunk).named_modules())
     handles = [modules[name].register_forward_hook(_kept(seen, name)) for name in names]
     try:
         yield seen

@@ -122,6 +122,11 @@ class AdaptedTeacher(nn.Module):
         self.adapters = nn.ModuleList(Adapter(layer, rank, alpha) for layer in self._layers)
 
     @property
+    def trunk(self) -> nn.Module:
+        """The teacher, whose modules are the ones that are called."""
+        return self._teacher[0]
+
+    @property
     def unconditional(self) -> bool:
         """Whether the teacher knows samples of which nothing is said."""
         return getattr(self._teacher[0], "unconditional", True)

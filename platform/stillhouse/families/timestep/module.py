@@ -166,6 +166,12 @@ class TimestepDistiller(Distiller):
         # Lightning divides by the length of the window; the global count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
 
+    def on_after_backward(self) -> None:
+        """Let all learn again: checkpoints and averages keep of a student what learns."""
+        for parameters in self._learnt.values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn summed gradients into those of the mean over the window's samples; log that mean."""
         name, _ = self.turns.at(self.global_step)

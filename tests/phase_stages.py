@@ -1,0 +1,134 @@
+"""Networks of points that take turns, a loss that all are in, and a stage of several ranks."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from generators import POINTS, data_of, point_generator
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from training import bare_trainer
+
+from stillhouse.families.optimizers import adamw
+from stillhouse.families.timestep.module import TimestepDistiller
+from stillhouse.families.timestep.networks import Networks, Phase
+from stillhouse.families.timestep.turns import Turn
+from stillhouse.records.diffusion import ImageBatch
+from stillhouse.records.losses import LossTerms
+from stillhouse.stages import ranks
+from stillhouse.stages.stage import StageContext, StageResult
+from stillhouse.students.discriminators import mlp_head, on_features
+from stillhouse.teachers.fake_scores import full_copy
+
+ADAM = partial(adamw, learning_rate=0.01, weight_decay=0.1)
+HEADS = partial(on_features, features=["network.model.layers.0"], head=partial(mlp_head, hidden=4))
+# What two updates of the student and theirs of the others are, and what learns in each.
+CYCLES = ("student", "critic", "critic", "student", "critic", "critic", "judge")
+LEARNT = {
+    "student": {"student", "log_variance"},
+    "critic": {"fake_score"},
+    "judge": {"discriminator"},
+}
+NETWORKS = ("student", "log_variance", "fake_score", "discriminator", "teacher")
+
+
+def everything(
+    networks: Networks, batch: ImageBatch, phase: Phase, generator: Generator
+) -> LossTerms:
+    """A loss without randomness of all networks: only whose turn it is decides what learns."""
+    assert networks.log_variance is not None
+    assert networks.discriminator is not None
+    x, t, said = batch.x_0, torch.full((len(batch.x_0),), 0.8).double(), batch.condition
+    outputs = [network(x, t, said) for network in (networks.student, networks.fake_score)]
+    outputs.append(networks.discriminator(networks.fake_score, x, t, said))
+    errors = sum((y - 1).square().flatten(1).mean(1) for y in outputs)
+    losses = errors + (networks.log_variance(t) - 1).square()
+    return LossTerms(losses.mean(), {"size": x.abs().mean()})
+
+
+def descent(module: nn.Module, max_steps: int) -> Any:
+    """A step of rate 1 without state, with the schedule that phases ask for."""
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": LambdaLR(optimizer, lambda _: 1.0)},
+    }
+
+
+def taking_turns_by(
+    method: Any = everything, optimizer: Any = ADAM, **changes: Any
+) -> TimestepDistiller:
+    """Return a module of three phases: the third begins a cycle late."""
+    phases = {
+        "critic": Turn(trains=["fake_score"], updates=2, from_update=0, optimizer=optimizer),
+        "judge": Turn(trains=["discriminator"], updates=1, from_update=1, optimizer=optimizer),
+    }
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "times": {"1": [1.5708]},
+        "guidance_scale": 1.0,
+        "takes_tangents": False,
+        "learnt_weighting": True,
+        "phases": phases,
+        "fake_score": full_copy,
+        "discriminator": HEADS,
+        "teacher": point_generator(seed=5).requires_grad_(False),
+    } | changes
+    teacher = settings.pop("teacher")
+    if callable(method):
+        method = dict.fromkeys(["student", *settings["phases"]], method)
+    return TimestepDistiller(point_generator(), teacher, method, optimizer, **settings)
+
+
+def parts_of(module: TimestepDistiller) -> dict[str, dict[str, Tensor]]:
+    """Return a copy of the state of every network."""
+    found = {name: getattr(module, name) for name in NETWORKS}
+    return {n: copy.deepcopy(m.state_dict()) for n, m in found.items() if m is not None}
+
+
+class Watch(pl.Callback):
+    """Notes all networks behind every step of the optimiser."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, dict[str, Tensor]]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.seen.append(parts_of(pl_module))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == len(self.seen):
+            self.seen.append(parts_of(pl_module))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoCycles:
+    """`CYCLES` on batches of eight points, by ranks that share them.
+
+    Attributes:
+        devices: ranks.
+    """
+
+    devices: int
+
+    def __call__(self, context: StageContext) -> StageResult:
+        """Train; leave what every rank had behind every step."""
+        module, watch = taking_turns_by(optimizer=descent), Watch()
+        trainer = bare_trainer(
+            context.scratch,
+            devices=self.devices,
+            strategy="ddp_find_unused_parameters_true" if self.devices > 1 else "auto",
+            max_steps=len(CYCLES),
+            limit_val_batches=0,
+            gradient_clip_val=0.1,
+            use_distributed_sampler=False,
+            plugins=LightningEnvironment(),
+            callbacks=[watch],
+        )
+        with ranks.joined(self, context, trainer):
+            trainer.fit(module, datamodule=data_of(POINTS, batch_size=8 // self.devices))
+        torch.save(watch.seen, context.output / f"seen_{trainer.global_rank}.pt")
+        return StageResult(metrics=module.summary())
