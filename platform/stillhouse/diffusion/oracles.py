@@ -69,6 +69,11 @@ class GaussianMixture(nn.Module):
         """Number of classes."""
         return int(self.labels.max()) + 1
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(D,)."""
+        return tuple(self.means.shape[1:])
+
     def sample(
         self, count: int, generator: torch.Generator
     ) -> tuple[Float[Tensor, "B D"], Int[Tensor, "B"]]:

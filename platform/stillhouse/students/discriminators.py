@@ -36,11 +36,16 @@ def on_features(trunk: nn.Module, *, features: Sequence[str], head: Head) -> "Di
     """
     key = "stages.<stage>.family.discriminator.features"
     known = [name for name, _ in trunk.named_modules() if name]
+    if not known:
+        raise UserError(
+            f"{key}={list(features)}: the teacher, a {type(trunk).__name__}, has no modules to "
+            "read features of; expected teacher=denoiser"
+        )
     for wanted in features:
         if wanted not in known:
             raise UserError(
                 f"{key}={list(features)}: the teacher, a {type(trunk).__name__}, has no module "
-                f"{wanted}; expected one such as {', '.join(_examples(known)) or 'none'}"
+                f"{wanted}; expected one such as {', '.join(_examples(known))}"
                 f"{did_you_mean(wanted, known)}"
             )
     if not features:

@@ -8,10 +8,22 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from generators import POINTS, data_of
+from commands import TINY, run_here
+from generators import (
+    DIGITS,
+    POINTS,
+    data_of,
+    digit_generator,
+    node_of,
+    point_generator,
+    ring_mixture,
+    saved,
+)
 from kills import same
 from phase_stages import (
+    ADAM,
     CYCLES,
+    HEADS,
     LEARNT,
     NETWORKS,
     TwoCycles,
@@ -26,17 +38,20 @@ from training import bare_trainer
 
 from stillhouse.diffusion.guidance import fixed
 from stillhouse.diffusion.times import shifted_uniform, uniform
+from stillhouse.errors import UserError
 from stillhouse.families.ema import MovingAverage
 from stillhouse.families.timestep import dmd2
 from stillhouse.families.timestep.matching import score_difference
 from stillhouse.families.timestep.module import TimestepDistiller
 from stillhouse.families.timestep.networks import Phase
 from stillhouse.families.timestep.rollouts import backward_simulation
+from stillhouse.families.timestep.turns import Turn
 from stillhouse.objectives.adversarial import non_saturating
 from stillhouse.objectives.consistency import even
 from stillhouse.objectives.distribution_matching import by_teacher_error
 from stillhouse.records.losses import LossTerms
-from stillhouse.teachers.fake_scores import lora
+from stillhouse.stages.fit import Fit
+from stillhouse.teachers.fake_scores import lora, pretrained
 
 
 def fitted(
@@ -222,3 +237,141 @@ def test_two_ranks_are_one_process_on_the_whole_batch_in_every_phase(stage_conte
         assert not changed(ours, theirs), "ranks part"
     for name, (before, after) in zip(CYCLES, pairwise(seen[0]), strict=True):
         assert changed(before, after) == LEARNT[name]
+
+
+def partial_of(target: str, **settings: Any) -> dict[str, Any]:
+    return {"_target_": target, "_partial_": True, **settings}
+
+
+def test_a_stages_budget_is_of_the_students_updates(
+    tmp_path, stage_context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two updates and a validation after each; a cycle is of three steps."""
+    found: list[int] = []
+    end = TimestepDistiller.on_validation_epoch_end
+
+    def noted(module: TimestepDistiller) -> None:
+        found.append(module.global_step)
+        end(module)
+
+    monkeypatch.setattr(TimestepDistiller, "on_validation_epoch_end", noted)
+    optimizer = partial_of("stillhouse.families.optimizers.adamw", learning_rate=0.01)
+    loss = partial_of("phase_stages.everything")
+    phase = {"trains": ["fake_score", "discriminator"], "updates": 2, "from_update": 0}
+    phase |= {"_target_": "stillhouse.families.timestep.turns.Turn", "optimizer": optimizer}
+    head = partial_of("stillhouse.students.discriminators.mlp_head", hidden=4)
+    features = {"features": ["network.model.layers.0"], "head": head}
+    on_features = "stillhouse.students.discriminators.on_features"
+    family = partial_of(
+        "stillhouse.families.timestep.module.TimestepDistiller",
+        _convert_="all",
+        times={"1": [1.5708]},
+        guidance_scale=1.0,
+        takes_tangents=False,
+        learnt_weighting=True,
+        phases={"critic": phase},
+        fake_score=partial_of("stillhouse.teachers.fake_scores.full_copy"),
+        discriminator=partial_of(on_features, **features),
+    )
+    path = saved(point_generator(), tmp_path / "teacher", POINTS)
+    budget = {"max_steps": 2, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    budget |= {"accelerator": "cpu", "enable_model_summary": False}
+    fit = Fit(
+        family=family,
+        method={"student": loss, "critic": loss},
+        teacher=partial_of("stillhouse.teachers.denoisers.denoiser", path=path),
+        student=partial_of("stillhouse.students.denoisers.pretrained", path=path),
+        data=node_of(POINTS),
+        optimizer=optimizer,
+        trainer=partial_of("lightning.pytorch.Trainer", **budget),
+    )
+    metrics = fit(stage_context("distil")).metrics
+    assert (metrics["steps"], metrics["images_seen"]) == (6, 2 * 4)
+    assert found == [3, 6]
+
+
+def turn(*trains: str) -> Turn:
+    return Turn(trains=trains, updates=1, from_update=0, optimizer=ADAM)
+
+
+TRAINS = "stages.<stage>.family.phases.judge.trains"
+FEATURES = "stages.<stage>.family.discriminator.features"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"phases": {"judge": turn()}},
+            f"{TRAINS}=[]: nothing in the phase learns; expected a network with weights",
+        ),
+        (
+            {"phases": {"judge": turn("discriminators")}},
+            f"{TRAINS}=['discriminators']: there is no discriminators; expected some of "
+            "fake_score, discriminator; did you mean 'discriminator'?",
+        ),
+        (
+            {"phases": {"judge": turn("discriminator")}, "discriminator": None},
+            f"{TRAINS}=['discriminator']: stages.<stage>.family.discriminator=null; expected one, "
+            "as conf/discriminator has them, or a phase without it",
+        ),
+        (
+            {"phases": {"judge": turn("fake_score", "discriminator")}, "fake_score": None},
+            f"{TRAINS}=['fake_score', 'discriminator']: stages.<stage>.family.fake_score=null; "
+            "expected one, as conf/fake_score has them, or a phase without it",
+        ),
+        (
+            {"method": {"student": everything, "critic": everything}},
+            "method: it has losses for student, critic, the phases are student, critic, judge; "
+            "expected stages.<stage>.family.phases with a phase for each loss besides the "
+            "student's",
+        ),
+        (
+            {"method": {"judge": everything}, "phases": {"judge": turn("discriminator")}},
+            "method: it has losses for judge, the phases are student, judge; expected "
+            "stages.<stage>.family.phases with a phase for each loss besides the student's",
+        ),
+        (
+            {"discriminator": partial(HEADS, features=["network.model.layer.0"])},
+            f"{FEATURES}=['network.model.layer.0']: the teacher, a Denoiser, has no module "
+            "network.model.layer.0; expected one such as network.model.layers.0; did you mean "
+            "'network.model.layers.0' or 'network.model.layers' or 'network.model.head'?",
+        ),
+        (
+            {"discriminator": partial(HEADS, features=[])},
+            f"{FEATURES}=[]: expected the name of a module, such as network.model.layers.0",
+        ),
+        (
+            {"teacher": ring_mixture(), "fake_score": partial(pretrained, path="POINTS")},
+            f"{FEATURES}=['network.model.layers.0']: the teacher, a GaussianMixture, has no "
+            "modules to read features of; expected teacher=denoiser",
+        ),
+        (
+            {"teacher": None},
+            "stages.<stage>.teacher=null: stages.<stage>.family.fake_score is made of the "
+            "teacher; expected teacher=denoiser",
+        ),
+        (
+            {"fake_score": partial(lora, rank=2, alpha=2.0, target_modules=["heads"])},
+            "stages.<stage>.family.fake_score.target_modules=['heads']: the teacher has no linear "
+            "layer heads; it has 0, 2, embed, head; did you mean 'head'?",
+        ),
+        (
+            {"teacher": ring_mixture(), "fake_score": partial(pretrained, path="DIGITS")},
+            "stages.<stage>.family.fake_score.path=DIGITS: its samples are 1 x 8 x 8, the "
+            "teacher's 2",
+        ),
+    ],
+)
+def test_turns_that_cannot_be_taken(here: Path, changes: dict[str, Any], message: str) -> None:
+    saved(point_generator(), here / "POINTS", POINTS)
+    saved(digit_generator(), here / "DIGITS", DIGITS)
+    with pytest.raises(UserError) as refusal:
+        taking_turns_by(**changes)
+    assert str(refusal.value) == message
+
+
+def test_a_phase_without_an_update(capfd, here: Path) -> None:
+    key = "stages.distil.family.phases.critic.updates"
+    done = run_here(capfd, *TINY, "experiment=dmd2", f"{key}=0")
+    assert (done.code, done.err) == (2, f"error: {key}=0: expected 1 or more\n")

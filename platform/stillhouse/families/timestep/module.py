@@ -15,7 +15,7 @@ from stillhouse.data.images import ImageData
 from stillhouse.data.stream import BatchStream, generator_for
 from stillhouse.diffusion.solvers import check_times, ddim, few_step, uniform_grid
 from stillhouse.diffusion.tangents import check_network
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.optimizers import taking_turns
@@ -81,6 +81,19 @@ class TimestepDistiller(Distiller):
         discriminator: Callable[[Any], nn.Module] | None = None,
     ) -> None:
         methods = {STUDENT: method} if callable(method) else dict(method)
+        phases = phases or {}
+        if set(methods) != {STUDENT, *phases}:
+            raise UserError(
+                f"method: it has losses for {', '.join(methods)}, the phases are "
+                f"{', '.join([STUDENT, *phases])}; expected stages.<stage>.family.phases with a "
+                "phase for each loss besides the student's"
+            )
+        for name, made in (("fake_score", fake_score), ("discriminator", discriminator)):
+            if made is not None and teacher is None:
+                raise UserError(
+                    f"stages.<stage>.teacher=null: stages.<stage>.family.{name} is made of the "
+                    "teacher; expected teacher=denoiser"
+                )
         super().__init__(student, teacher, methods[STUDENT], optimizer)
         for steps, values in times.items():
             key = f"stages.<stage>.family.times.{steps}"
@@ -94,16 +107,10 @@ class TimestepDistiller(Distiller):
         self.fake_score = fake_score(teacher) if fake_score else None
         self.discriminator = discriminator(teacher) if discriminator else None
         self.methods = methods
-        self.turns = Turns(phases or {})
+        self.turns = Turns(phases)
         self._learnt = {STUDENT: _trainable(self.student, self.log_variance)}
         for name, turn in self.turns.others.items():
             self._learnt[name] = self._trained_in(name, turn)
-        if set(methods) != set(self._learnt):
-            raise UserError(
-                f"method: it has losses for {', '.join(methods)}, the phases are "
-                f"{', '.join(self._learnt)}; expected stages.<stage>.family.phases with a phase "
-                "for each loss besides the student's"
-            )
         self._window = WindowMeans()
         self._generated: list[tuple[Tensor, Tensor]] = []
         self.samples = torch.empty(0)
@@ -193,12 +200,14 @@ class TimestepDistiller(Distiller):
             UserError: for a network that is not there, and for nothing that learns.
         """
         key = f"stages.<stage>.family.phases.{name}.trains={list(turn.trains)}"
-        there = [n for n in OTHERS if getattr(self, n) is not None]
         for network in turn.trains:
-            if network not in there:
+            if network not in OTHERS:
+                expected = f"expected some of {', '.join(OTHERS)}{did_you_mean(network, OTHERS)}"
+                raise UserError(f"{key}: there is no {network}; {expected}")
+            if getattr(self, network) is None:
                 raise UserError(
-                    f"{key}: there is no {network}; expected some of {', '.join(there) or 'none'}, "
-                    "which stages.<stage>.family gives by their names"
+                    f"{key}: stages.<stage>.family.{network}=null; expected one, as conf/{network} "
+                    "has them, or a phase without it"
                 )
         learnt = _trainable(*(getattr(self, network) for network in turn.trains))
         if not learnt:
