@@ -21,6 +21,7 @@ from stillhouse.ranges import Count
 from stillhouse.records.diffusion import Condition, TrigFlowNetwork
 
 Head = Callable[[int], nn.Module]
+KERNEL = "stages.<stage>.family.discriminator.head.kernel"
 
 
 def on_features(trunk: nn.Module, *, features: Sequence[str], head: Head) -> "Discriminator":
@@ -104,20 +105,32 @@ def convolutional_head(width: int, *, kernel: Count = 9, virtual_batch: Count = 
 
     Args:
         width: D.
-        kernel: of the convolution; odd, and at most as long as there are tokens.
+        kernel: of the convolution; odd, and of at most 2 N + 1 tokens.
         virtual_batch: samples that are normalised together.
+
+    Raises:
+        UserError: for an even kernel; when it is called, for one that is longer than that.
     """
+    if kernel % 2 == 0:
+        raise UserError(f"{KERNEL}={kernel}: expected an odd number, such as {kernel + 1}")
     return _ConvolutionalHead(width, kernel, virtual_batch)
 
 
 class _ConvolutionalHead(nn.Module):
     def __init__(self, width: int, kernel: int, virtual_batch: int) -> None:
         super().__init__()
+        self.kernel = kernel
         self.first = _block(width, 1, virtual_batch)
         self.second = _block(width, kernel, virtual_batch)
         self.last = spectral_norm(nn.Conv1d(width, 1, 1))
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+        tokens = x.shape[1]
+        if self.kernel // 2 > tokens:
+            raise UserError(
+                f"{KERNEL}={self.kernel}: there are {tokens} tokens; expected at most "
+                f"{2 * tokens + 1}"
+            )
         x = self.first(x.mT)
         return self.last((x + self.second(x)) / math.sqrt(2)).squeeze(1)
 
