@@ -136,10 +136,10 @@ def test_every_convolution_has_the_norm_of_one() -> None:
 def test_tokens_lie_on_a_circle() -> None:
     """Turned tokens have turned logits; without its kernel, every token is on its own."""
     head, x = conv().eval(), tokens(8)
-    torch.testing.assert_close(head(x.roll(5, 1)), head(x).roll(5, 1))
+    torch.testing.assert_close(head(x.roll(5, 1)), head(x).roll(5, -1))
     changed = x.clone()
     changed[:, 0] += 0.01
-    far = (head(changed) - head(x)).abs().mean(0)
+    far = (head(changed) - head(x)).abs().mean((0, 1))
     # Through the means of the virtual batch every token is moved a little, those near it more.
     near = far[[0, 1, 2, 3, 4, 8, 9, 10, 11]].mean()
     assert near > 2 * far[5:8].mean()
@@ -148,10 +148,10 @@ def test_tokens_lie_on_a_circle() -> None:
 def test_the_second_block_stands_beside_the_first() -> None:
     head, x = conv().eval(), tokens(8)
     first = head.first(x.mT)
-    expected = head.last((first + head.second(first)) / math.sqrt(2)).squeeze(1)
+    expected = head.last((first + head.second(first)) / math.sqrt(2))
     torch.testing.assert_close(head(x), expected)
     nn.init.zeros_(head.second[1].weight)
-    torch.testing.assert_close(head(x), head.last(first / math.sqrt(2)).squeeze(1))
+    torch.testing.assert_close(head(x), head.last(first / math.sqrt(2)))
 
 
 def test_virtual_batches_know_nothing_of_each_other() -> None:
@@ -175,7 +175,7 @@ def test_kernels_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError) as even:
         conv(kernel=8)
     assert str(even.value) == f"{key}=8: expected an odd number, such as 9"
-    assert conv()(tokens(8, length=4)).shape == (8, 4)
+    assert conv()(tokens(8, length=4)).shape == (8, 1, 4)
     with pytest.raises(UserError) as long:
         conv()(tokens(8, length=3))
     assert str(long.value) == f"{key}=9: there are 3 tokens; expected at most 7"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import TrainingDiverged, UserError, did_you_mean
 from stillhouse.families.distiller import Distiller
+from stillhouse.families.sharding import like, whole
 from stillhouse.ranges import Count
 
 # What families log at a validation is called so.
@@ -97,7 +98,7 @@ class BestWeights(pl.Callback):
             assert isinstance(pl_module, Distiller)
             self._found, self._step, self._waited = said, trainer.global_step, 0
             learnt = learnt_tensors(pl_module.student)
-            self._weights = {n: t.detach().to("cpu", copy=True) for n, t in learnt.items()}
+            self._weights = {n: whole(t.detach()).to("cpu", copy=True) for n, t in learnt.items()}
             return
         self._waited += 1
         if self.patience is not None and self._waited >= self.patience:
@@ -117,7 +118,7 @@ class BestWeights(pl.Callback):
             )
         assert isinstance(pl_module, Distiller)
         for name, tensor in learnt_tensors(pl_module.student).items():
-            tensor.copy_(self._weights[name])
+            tensor.copy_(like(self._weights[name], tensor))
 
     def report(self) -> Mapping[str, float | int]:
         """Return the step of the weights that are handed on, and their validation's values."""

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from stillhouse.errors import TrainingDiverged, UserError
+from stillhouse.families.sharding import empty, filled, is_sharded, own_part, shard, whole_weights
 
 OptimizerBuilder = Callable[[nn.Module, int], OptimizerLRScheduler]
 
@@ -29,9 +30,11 @@ class Distiller(pl.LightningModule):
     Attributes:
         unit: what `units_seen` counts and the progress bar shows per second.
         units_seen: how much the student was trained on so far, by all ranks together.
+        can_be_sharded: whether networks are called as wholes only.
     """
 
     unit = "samples"
+    can_be_sharded = False
 
     def __init__(
         self,
@@ -48,8 +51,36 @@ class Distiller(pl.LightningModule):
         self._batch_index = 0
         self._optimizer = optimizer
         self._generators: dict[str, Any] | None = None
+        # In a tuple: as a submodule it would be materialised by the strategy.
+        self._plain: tuple[nn.Module, ...] = ()
         # The teacher is not in the checkpoint, so a strict load would miss it.
         self.strict_loading = False
+
+    def learning(self) -> list[nn.Module]:
+        """Return the networks that learn, the student first."""
+        return [self.student]
+
+    def configure_model(self) -> None:
+        """Share what learns over the ranks where the strategy says so, once.
+
+        Raises:
+            UserError: in a family that cannot.
+        """
+        if self.device_mesh is None or self._plain:
+            return
+        if not self.can_be_sharded:
+            raise UserError(
+                "trainer.strategy: this family calls parts of a student by themselves, which a "
+                "sharded one does not allow; expected trainer=ddp"
+            )
+        self._plain = (empty(self.student),)
+        for network in self.learning():
+            shard(network, self.device_mesh["data_parallel"])
+
+    def gather(self) -> None:
+        """Make the student whole again, on every rank, after training."""
+        if is_sharded(self.student):
+            self.student = filled(self._plain[0], whole_weights(self.student))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the student's trainable parameters."""
@@ -99,7 +130,7 @@ class Distiller(pl.LightningModule):
             TrainingDiverged: naming the parameter, the step and the batch.
         """
         for name, parameter in self.student.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(own_part(parameter)).all():
                 raise TrainingDiverged(
                     f"{name} is not finite any more at step {self.global_step}, batch "
                     f"{self._batch_index}; an earlier checkpoint, if there is one, is kept; lower "

@@ -10,6 +10,7 @@ from torch import Tensor
 from stillhouse.errors import UserError
 from stillhouse.families.best_weights import learnt_tensors
 from stillhouse.families.distiller import Distiller
+from stillhouse.families.sharding import like, whole
 from stillhouse.ranges import Share
 
 
@@ -39,7 +40,8 @@ class MovingAverage(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and how many updates it holds."""
-        return {"average": dict(self._average), "updates": self._updates}
+        average = {name: whole(t) for name, t in self._average.items()}
+        return {"average": average, "updates": self._updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
@@ -51,7 +53,8 @@ class MovingAverage(pl.Callback):
         learnt = _learnt(pl_module)
         if not self._average:
             self._average = {name: t.detach().clone() for name, t in learnt.items()}
-        self._average = {name: t.to(learnt[name].device) for name, t in self._average.items()}
+        else:
+            self._average = {name: like(t, learnt[name]) for name, t in self._average.items()}
 
     @torch.no_grad()
     def on_train_batch_end(

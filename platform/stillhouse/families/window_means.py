@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stillhouse.families.sharding import own_part
 from stillhouse.records.losses import LossTerms
 
 
@@ -37,9 +38,8 @@ class WindowMeans:
             torch.distributed.all_reduce(packed)
         count, means = packed[0], packed[1:] / packed[0].clamp_min(1)
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
-        torch._foreach_mul_(
-            [g for g in gradients if g is not None], world_size / count.clamp_min(1)
-        )
+        factor = world_size / max(1.0, float(count))
+        torch._foreach_mul_([own_part(g) for g in gradients if g is not None], factor)
         self._count = torch.zeros_like(self._count)
         self._sums.clear()
         return int(count), dict(zip(names, means.to(sums.dtype).unbind(), strict=True))

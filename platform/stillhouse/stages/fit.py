@@ -110,6 +110,7 @@ class Fit:
                         ckpt_path=checkpoint,
                         weights_only=True,
                     )
+                    module.gather()
                 except SystemExit as stopped:  # what Lightning makes of Ctrl-C
                     raise KeyboardInterrupt from stopped
                 except RuntimeError as error:

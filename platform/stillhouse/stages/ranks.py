@@ -24,6 +24,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.strategies import ParallelStrategy
 from rich.console import Console
 
 from stillhouse.errors import UserError
@@ -118,7 +119,7 @@ def joined(stage: Stage, context: StageContext, trainer: pl.Trainer) -> Iterator
         UserError: what a user can mend, on whichever rank it was met first.
         RankError: for any other error of another rank.
     """
-    if trainer.strategy.launcher is None:
+    if not isinstance(trainer.strategy, ParallelStrategy):
         yield
         return
     reports = _to_rank_zero.get(None)

@@ -30,7 +30,7 @@ def on_features(trunk: nn.Module, *, features: Sequence[str], head: Head) -> "Di
     Args:
         trunk: the teacher, or what a fake score is a copy of, with `sample_shape`.
         features: names of modules, whose outputs are [B, N, D], [B, D, H, W] or [B, D].
-        head: called with D, returns a module from [B, N, D] to [B, N].
+        head: called with D, returns a module from [B, N, D] to a logit of each token.
 
     Raises:
         UserError: for a name that the trunk does not have, and a trunk without features.
@@ -96,7 +96,6 @@ def mlp_head(width: int, *, hidden: Count) -> nn.Module:
         nn.Linear(width, hidden),
         nn.LeakyReLU(0.2),
         nn.Linear(hidden, 1),
-        nn.Flatten(-2),
     )
 
 
@@ -124,7 +123,7 @@ class _ConvolutionalHead(nn.Module):
         self.second = _block(width, kernel, virtual_batch)
         self.last = spectral_norm(nn.Conv1d(width, 1, 1))
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B 1 N"]:
         tokens = x.shape[1]
         if self.kernel // 2 > tokens:
             raise UserError(
@@ -132,7 +131,7 @@ class _ConvolutionalHead(nn.Module):
                 f"{2 * tokens + 1}"
             )
         x = self.first(x.mT)
-        return self.last((x + self.second(x)) / math.sqrt(2)).squeeze(1)
+        return self.last((x + self.second(x)) / math.sqrt(2))
 
 
 def _block(width: int, kernel: int, virtual_batch: int) -> nn.Module:

@@ -64,6 +64,7 @@ class TimestepDistiller(Distiller):
     """
 
     unit = "images"
+    can_be_sharded = True
 
     def __init__(
         self,
@@ -122,6 +123,11 @@ class TimestepDistiller(Distiller):
         teacher: Any = self.teacher
         fake_score: Any = self.fake_score
         return Networks(student, teacher, self.log_variance, fake_score, self.discriminator)
+
+    def learning(self) -> list[nn.Module]:
+        """Return the student, what is learnt beside it, and what takes turns with it."""
+        beside = (self.log_variance, self.fake_score, self.discriminator)
+        return [self.student, *(network for network in beside if network is not None)]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser: a group for each phase, each with a schedule of its own updates."""
