@@ -9,11 +9,13 @@ import lightning.pytorch as pl
 import torch
 from generators import POINTS, data_of, point_generator
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from training import bare_trainer
 
 from stillhouse.families.optimizers import adamw
+from stillhouse.families.sharding import whole_weights
 from stillhouse.families.timestep.module import TimestepDistiller
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.turns import Turn
@@ -87,7 +89,7 @@ def taking_turns_by(
 def parts_of(module: TimestepDistiller) -> dict[str, dict[str, Tensor]]:
     """Return a copy of the state of every network."""
     found = {name: getattr(module, name) for name in NETWORKS}
-    return {n: copy.deepcopy(m.state_dict()) for n, m in found.items() if m is not None}
+    return {n: copy.deepcopy(whole_weights(m)) for n, m in found.items() if m is not None}
 
 
 class Watch(pl.Callback):
@@ -110,9 +112,11 @@ class TwoCycles:
 
     Attributes:
         devices: ranks.
+        sharded: whether they share the networks' weights, or each has all.
     """
 
     devices: int
+    sharded: bool = False
 
     def __call__(self, context: StageContext) -> StageResult:
         """Train; leave what every rank had behind every step."""
@@ -120,7 +124,7 @@ class TwoCycles:
         trainer = bare_trainer(
             context.scratch,
             devices=self.devices,
-            strategy="ddp_find_unused_parameters_true" if self.devices > 1 else "auto",
+            strategy=self._strategy(),
             max_steps=len(CYCLES),
             limit_val_batches=0,
             gradient_clip_val=0.1,
@@ -132,3 +136,12 @@ class TwoCycles:
             trainer.fit(module, datamodule=data_of(POINTS, batch_size=8 // self.devices))
         torch.save(watch.seen, context.output / f"seen_{trainer.global_rank}.pt")
         return StageResult(metrics=module.summary())
+
+    def _strategy(self) -> Any:
+        if self.sharded:
+            return ModelParallelStrategy(
+                data_parallel_size=self.devices,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,
+            )
+        return "ddp_find_unused_parameters_true" if self.devices > 1 else "auto"

@@ -22,13 +22,16 @@ from stillhouse.tracking.progress import StageProgress
 
 # What Lightning says of itself: advice that does not fit here (the teacher is in eval mode on
 # purpose, loaders are ours, what is logged was reduced over the ranks before), and one warning of
-# its own use of torch.
+# its own use of torch. So does torch.
 LIGHTNING_CHATTER = (
     r".*module\(s\) in eval mode at the start of training.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`tensorboardX` has been removed.*",
     r".*does not have many workers.*",
     r".*when logging on epoch level in distributed setting.*",
+    # Of FSDP2: no dropout here draws from a sharded tensor, and no output is changed in place.
+    r"DTensor random operators may not have complete support.*",
+    r"FSDP2-wrapped module .* returned a view tensor.*",
 )
 # How Lightning says that data parallelism waits for gradients that do not come.
 UNUSED = "parameters that were not used"

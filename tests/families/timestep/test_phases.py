@@ -223,10 +223,16 @@ def test_of_a_teacher_with_adapters_the_adapters_alone_are_kept(tmp_path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.filterwarnings("ignore:.*in distributed setting")
-def test_two_ranks_are_one_process_on_the_whole_batch_in_every_phase(stage_context) -> None:
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_two_ranks_are_one_process_on_the_whole_batch_in_every_phase(
+    stage_context, sharded: bool
+) -> None:
+    """With all weights on each of them, and sharing them (FSDP2)."""
     together, alone = (stage_context(f"on {devices}") for devices in (2, 1))
-    metrics = TwoCycles(devices=2)(together).metrics
+    metrics = TwoCycles(devices=2, sharded=sharded)(together).metrics
     assert metrics == pytest.approx(TwoCycles(devices=1)(alone).metrics, rel=1e-5)
     assert metrics["images_seen"] == 2 * 8
     expected = torch.load(alone.output / "seen_0.pt")

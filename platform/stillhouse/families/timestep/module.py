@@ -19,6 +19,7 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.optimizers import taking_turns
+from stillhouse.families.sharding import is_sharded
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.families.timestep.turns import STUDENT, Turn, Turns
 from stillhouse.families.window_means import WindowMeans
@@ -109,9 +110,7 @@ class TimestepDistiller(Distiller):
         self.discriminator = discriminator(teacher) if discriminator else None
         self.methods = methods
         self.turns = Turns(phases)
-        self._learnt = {STUDENT: _trainable(self.student, self.log_variance)}
-        for name, turn in self.turns.others.items():
-            self._learnt[name] = self._trained_in(name, turn)
+        self._learnt = self._trained_by_phase()
         self._window = WindowMeans()
         self._generated: list[tuple[Tensor, Tensor]] = []
         self.samples = torch.empty(0)
@@ -199,6 +198,15 @@ class TimestepDistiller(Distiller):
         self.log_dict({f"{prefix}{term}": mean for term, mean in means.items()}, batch_size=1)
         self.units_seen += images if alone else 0
 
+    def configure_model(self) -> None:
+        """Share what learns over the ranks where the strategy says so: it has new parameters."""
+        super().configure_model()
+        self._learnt = self._trained_by_phase()
+
+    def _trained_by_phase(self) -> dict[str, list[nn.Parameter]]:
+        found = {STUDENT: _trainable(self.student, self.log_variance)}
+        return found | {n: self._trained_in(n, turn) for n, turn in self.turns.others.items()}
+
     def _trained_in(self, name: str, turn: Turn) -> list[nn.Parameter]:
         """Return what learns in a phase.
 
@@ -230,10 +238,12 @@ class TimestepDistiller(Distiller):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Sample as many as the batch has, alike every time, of its conditions."""
-        if batch_idx % self.trainer.world_size != self.global_rank:
-            return
-        sampled = self.sampled(batch, generator_for(batch_idx))
-        self._generated.append((sampled.cpu(), batch.x_0.cpu()))
+        own = batch_idx % self.trainer.world_size == self.global_rank
+        # A network that ranks have parts of is called by all of them.
+        if own or is_sharded(self.student):
+            sampled = self.sampled(batch, generator_for(batch_idx))
+            if own:
+                self._generated.append((sampled.cpu(), batch.x_0.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_sliced_wasserstein`, between samples and data as the network sees them."""
@@ -281,4 +291,4 @@ class LogVariance(nn.Module):
     def forward(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return u."""
         waves = torch.cos(t.double()[:, None] * self.octaves)
-        return self.line(waves.to(self.line.weight.dtype)).squeeze(1)
+        return self.line(waves.to(self.line.weight.dtype)).sum(1)
