@@ -4,6 +4,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +13,14 @@ from stillhouse.diffusion.guidance import guided
 from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.diffusion.paths import RECTIFIED_FLOW, along, flow
 from stillhouse.diffusion.solvers import Solver, ddim, heun, straightness, uniform_grid
-from stillhouse.diffusion.times import shifted_uniform
+from stillhouse.diffusion.times import shifted_uniform, uniform
 from stillhouse.diffusion.trigflow import TrigFlowView, noised
+from stillhouse.errors import UserError
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.timestep.instaflow import one_step, reflow, squared_error
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.pretraining.denoising import of_flow
-from stillhouse.records.diffusion import Condition, PairBatch
+from stillhouse.records.diffusion import UNCONDITIONAL, Condition, PairBatch
 
 MU, S = 1.5, 0.4
 TEACHER = GaussianMixture([[MU]], [S]).requires_grad_(False)
@@ -288,3 +290,28 @@ def test_guidance_is_in_the_pairs() -> None:
     assert all(near < far for near, far in pairwise(apart))
     unguided = drawn(heun, teacher, noise, 1.0, 40)
     assert (unguided - truth).abs().mean() > 0.1
+
+
+def test_a_straight_flow_learns_what_it_says_without_a_condition() -> None:
+    """So many pairs lose their condition, and no more."""
+    said: list[Tensor] = []
+
+    def student(x: Tensor, t: Tensor, condition: Condition, scale=None) -> Tensor:
+        assert condition.labels is not None
+        said.append(condition.labels)
+        return torch.zeros_like(x)
+
+    noise = torch.zeros(4000, 2)
+    batch = PairBatch(noise, noise, Condition(labels=torch.ones(4000, dtype=torch.long)))
+    for share in (0.0, 0.25):
+        generator = torch.Generator().manual_seed(0)
+        networks = Networks(student, None, None)
+        method = partial(reflow, times=uniform, weighting=of_flow, condition_dropout=share)
+        method(networks, batch, Phase(0, 1), generator)
+    kept, dropped = (labels == UNCONDITIONAL for labels in said)
+    assert not kept.any()
+    assert float(dropped.double().mean()) == pytest.approx(0.25, abs=0.03)
+    knows_none = TrigFlowView(Straight(), RECTIFIED_FLOW, flow)
+    knows_none.unconditional = False
+    with pytest.raises(UserError, match=r"^method\.condition_dropout=0\.25: the student knows no"):
+        method(Networks(knows_none, None, None), batch, Phase(0, 1), generator)

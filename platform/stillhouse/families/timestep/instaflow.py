@@ -21,8 +21,10 @@ from torch import Generator, Tensor
 
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised, velocity
+from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.objectives.consistency import Weighting
+from stillhouse.ranges import Share
 from stillhouse.records.diffusion import PairBatch
 from stillhouse.records.losses import LossTerms
 
@@ -37,6 +39,7 @@ def reflow(
     *,
     times: TimeSampler,
     weighting: Weighting,
+    condition_dropout: Share = 0.0,
 ) -> LossTerms:
     """Return L_reflow, a mean over the pairs; a teacher is not asked.
 
@@ -44,12 +47,24 @@ def reflow(
         networks: the student is the flow that is straightened.
         batch: pairs.
         phase: where training stands; not read.
-        generator: of times, on the CPU.
+        generator: of times and drops, on the CPU.
         times: of `diffusion.times`; `shifted_uniform` is the paper's.
         weighting: w(t); `denoising.of_flow` makes it the squared error of the velocity.
+        condition_dropout: share of pairs without their condition, so that the straight flow can be
+            guided too.
+
+    Raises:
+        UserError: for a share above 0 and a network without unconditional samples.
     """
+    if condition_dropout > 0 and not getattr(networks.student, "unconditional", True):
+        raise UserError(
+            f"method.condition_dropout={condition_dropout}: the student knows no samples without a "
+            "condition; expected 0"
+        )
     t = times(len(batch.x_0), generator).to(batch.x_0.device)
-    F = networks.student(noised(batch.x_0, batch.noise, t), t, batch.condition)
+    dropped = torch.rand(len(batch.x_0), generator=generator).to(t.device) < condition_dropout
+    condition = batch.condition.dropped(dropped)
+    F = networks.student(noised(batch.x_0, batch.noise, t), t, condition)
     losses = (F - velocity(batch.x_0, batch.noise, t)).square().flatten(1).mean(1) * weighting(
         t
     ).to(F.dtype)
