@@ -22,22 +22,18 @@ from stillhouse.stages.workspace import register_resolvers
 
 CONF = ROOT / "conf"
 RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-# The others name models and data of a hub, or ask for a model; those of a package have the stages of
-# another recipe.
-RUNNABLE = [
-    pytest.param(
-        recipe,
-        marks=[pytest.mark.slow] if recipe.endswith(("_smollm2", "_emoji")) else [],
-    )
-    for recipe in RECIPES
-    if not recipe.endswith(("_paper", "_latents"))
-]
-# Whole runs cut in parts: in the default suite of one recipe; fifty methods must not lengthen it.
-CUT_IN_PARTS = [
-    pytest.param(recipe, marks=[] if recipe == "word_kd" else [pytest.mark.slow])
-    for recipe in RECIPES
-    if not recipe.endswith(("_paper", "_latents"))
-]
+# Fifty methods must not lengthen the default suite: in it one recipe a family is run whole, of the
+# family `timestep` one on points and one of phases, and one is cut in parts.
+OF_A_FAMILY = ("word_kd", "echoatt", "ernie_tiny", "self_data", "scm_points", "rcm")
+
+
+def run_whole(*in_default_suite: str) -> list:
+    """Return all recipes but those that name models and data of a hub, or ask for a model."""
+    return [
+        pytest.param(recipe, marks=[] if recipe in in_default_suite else [pytest.mark.slow])
+        for recipe in RECIPES
+        if not recipe.endswith(("_paper", "_latents"))
+    ]
 
 
 def compose(recipe: str, *overrides: str):
@@ -80,7 +76,7 @@ def test_every_target_is_bound_and_every_parameter_listed(recipe: str) -> None:
         assert not missing, f"{path} does not list {missing}"
 
 
-@pytest.mark.parametrize("recipe", RUNNABLE)
+@pytest.mark.parametrize("recipe", run_whole(*OF_A_FAMILY))
 @pytest.mark.parametrize(
     "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
 )
@@ -106,7 +102,7 @@ def test_a_recipe_takes_two_steps_and_exports(capfd, here: Path, recipe: str, pr
     assert not (folder / "work").exists() or not list((folder / "work").iterdir())
 
 
-@pytest.mark.parametrize("recipe", CUT_IN_PARTS)
+@pytest.mark.parametrize("recipe", run_whole("word_kd"))
 def test_a_recipe_goes_on_where_it_stopped(
     capfd, here: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
