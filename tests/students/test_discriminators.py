@@ -24,7 +24,7 @@ MODEL = "network.model"
 
 
 def small_unet() -> Denoiser:
-    settings = {"widths": [16, 16], "layers_per_block": 1, "norm_num_groups": 8}
+    settings = {"widths": [16, 24], "layers_per_block": 1, "norm_num_groups": 8}
     return shaken(unet(data_of(DIGITS), **settings))
 
 
@@ -32,7 +32,7 @@ def small_unet() -> Denoiser:
 # map's pixels, a point's single one.
 TRUNKS = {
     "tokens": (digit_generator, "blocks.0", 4, 8),
-    "a map": (small_unet, "mid_block", 16, 16),
+    "a map": (small_unet, "mid_block", 16, 24),
     "points": (point_generator, "layers.0", 1, 8),
 }
 
