@@ -169,7 +169,7 @@ class TimestepDistiller(Distiller):
         assert isinstance(stream, BatchStream)
         generator = generator_for(stream.seed, batch_idx, self.global_rank)
         name, update = self.turns.at(self.global_step)
-        self._let_learn(name)
+        self.let_learn(name)
         phase = Phase(update, self.updates_at(self.trainer.max_steps))
         losses = self.methods[name](self.networks, batch, phase, generator)
         count = torch.tensor(len(batch.x_0), device=self.device)
@@ -228,7 +228,7 @@ class TimestepDistiller(Distiller):
             raise UserError(f"{key}: nothing in the phase learns; expected a network with weights")
         return learnt
 
-    def _let_learn(self, name: str) -> None:
+    def let_learn(self, name: str) -> None:
         """Give gradients to the parameters of one phase, and to no other's."""
         for parameters in self._learnt.values():
             for parameter in parameters:
