@@ -27,7 +27,7 @@ from stillhouse.families.timestep.matching import (
     fake_score_loss,
 )
 from stillhouse.families.timestep.networks import Networks, Phase
-from stillhouse.families.timestep.rollouts import Rollout
+from stillhouse.families.timestep.rollouts import Rollout, samples
 from stillhouse.objectives.adversarial import Adversarial
 from stillhouse.ranges import Weight
 from stillhouse.records.diffusion import Condition, ImageBatch
@@ -114,23 +114,6 @@ def critic(
         denoising + adversarial_weight * told,
         {"fake_score": denoising.detach(), "discriminator": told.detach()},
     )
-
-
-def samples(
-    networks: Networks,
-    batch: ImageBatch,
-    phase: Phase,
-    generator: Generator,
-    rollout: Rollout,
-    scale: Float[Tensor, "B"],
-) -> Float[Tensor, "B ..."]:
-    """Return the student's samples of a batch's conditions."""
-    noise = torch.randn(batch.x_0.shape, generator=generator, dtype=batch.x_0.dtype)
-
-    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-        return networks.student(x_t, t, batch.condition, scale)
-
-    return rollout(velocity, noise.to(batch.x_0.device), phase.update, generator)
 
 
 def judged(

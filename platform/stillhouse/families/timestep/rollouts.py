@@ -17,7 +17,9 @@ from stillhouse.data.stream import generator_for
 from stillhouse.diffusion.solvers import Velocity, check_times
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised
+from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.ranges import Count
+from stillhouse.records.diffusion import ImageBatch
 
 Rollout = Callable[[Velocity, Tensor, int, Generator], Tensor]
 
@@ -63,6 +65,32 @@ def falling(
         drawn = times(len(noise), generator).to(noise.device)
         grid.append(torch.minimum(drawn, grid[-1]))
     return _rolled(F, noise, grid, generator)
+
+
+def samples(
+    networks: Networks,
+    batch: ImageBatch,
+    phase: Phase,
+    generator: Generator,
+    rollout: Rollout,
+    scale: Float[Tensor, "B"],
+) -> Float[Tensor, "B ..."]:
+    """Return the student's samples of a batch's conditions.
+
+    Args:
+        networks: the student.
+        batch: whose conditions; of its data only the shape is read.
+        phase: where training stands.
+        generator: of all noise, on the CPU.
+        rollout: how they are taken.
+        scale: of guidance, for a student that is told it.
+    """
+    noise = torch.randn(batch.x_0.shape, generator=generator, dtype=batch.x_0.dtype)
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        return networks.student(x_t, t, batch.condition, scale)
+
+    return rollout(velocity, noise.to(batch.x_0.device), phase.update, generator)
 
 
 def _rolled(

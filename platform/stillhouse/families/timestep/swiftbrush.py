@@ -17,10 +17,9 @@ from torch import Generator
 
 from stillhouse.diffusion.guidance import GuidanceScale
 from stillhouse.diffusion.times import TimeSampler
-from stillhouse.families.timestep.dmd2 import samples
 from stillhouse.families.timestep.matching import GeneratorLoss, WeightOfTime, fake_score_loss
 from stillhouse.families.timestep.networks import Networks, Phase
-from stillhouse.families.timestep.rollouts import Rollout
+from stillhouse.families.timestep.rollouts import Rollout, samples
 from stillhouse.ranges import Share
 from stillhouse.records.diffusion import ImageBatch
 from stillhouse.records.losses import LossTerms
