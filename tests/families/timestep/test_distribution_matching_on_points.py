@@ -225,7 +225,7 @@ def by_swiftbrush(
     losses = (
         partial(swiftbrush.student, matching=matching, **ONE_STEP),
         partial(
-            swiftbrush.critic,
+            matching.critic,
             times=shifted_uniform,
             weighting=of_scaled_noise,
             condition_dropout=0.1,

@@ -63,7 +63,7 @@ def turns() -> dict[str, Any]:
         "warmup_steps": 5,
     }
     critic = partial_of(
-        f"{family}.rcm.critic",
+        f"{family}.matching.critic",
         rollout=rollout,
         guidance_scale=student["guidance_scale"],
         times=drawn,

@@ -16,7 +16,7 @@ from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.diffusion.tangents import functional
 from stillhouse.diffusion.times import log_normal
 from stillhouse.diffusion.trigflow import denoised, noised
-from stillhouse.families.timestep import dmd2, rcm
+from stillhouse.families.timestep import dmd2, matching, rcm
 from stillhouse.families.timestep.consistency import consistency
 from stillhouse.families.timestep.matching import score_difference
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -197,7 +197,7 @@ def test_the_critics_loss_is_the_error_of_its_denoiser_over_the_noise() -> None:
     """|x_0 - f_f|² / sin² t = |F_f - dx/dt|², at noised samples; data are not read."""
     fake, x_0 = Noted(FAKE), batch().x_0.double()
     unread = ImageBatch(torch.full_like(x_0, torch.nan), batch().condition)
-    found = rcm.critic(
+    found = matching.critic(
         Networks(Given(x_0), TEACHER, None, fake),
         unread,
         Phase(0, 1),
@@ -223,7 +223,7 @@ def test_the_critic_teaches_the_fake_score_alone_on_rollouts_that_fall() -> None
     teacher = copy.deepcopy(fake)
     for update in range(4):
         student.asked.clear()
-        rcm.critic(
+        matching.critic(
             Networks(student, teacher, None, fake),
             batch(),
             Phase(update, 9),

@@ -137,7 +137,7 @@ def by_rcm(
 
     def critic(network: nn.Module, phase: Phase, generator: Generator) -> LossTerms:
         of, batch = Networks(network, mixture, None, fake), data(mixture, BATCH, generator)
-        return rcm.critic(of, batch, phase, generator, **common, times=times, weighting=even)
+        return matching.critic(of, batch, phase, generator, **common, times=times, weighting=even)
 
     updates = 2 if weights[1] else 0
     return in_turns(start, fake, student, critic, updates=updates, rate=2e-3)(seed)

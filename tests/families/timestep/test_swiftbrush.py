@@ -13,10 +13,10 @@ from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.diffusion.paths import along
 from stillhouse.diffusion.times import shifted_uniform, uniform
 from stillhouse.diffusion.trigflow import noised
-from stillhouse.families.timestep.matching import of_scaled_noise, score_difference
+from stillhouse.families.timestep.matching import critic, of_scaled_noise, score_difference
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import backward_simulation
-from stillhouse.families.timestep.swiftbrush import critic, student
+from stillhouse.families.timestep.swiftbrush import student
 from stillhouse.objectives.distribution_matching import of_variance
 from stillhouse.records.diffusion import Condition, ImageBatch
 from stillhouse.records.losses import LossTerms

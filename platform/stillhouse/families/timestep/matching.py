@@ -11,15 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from stillhouse.diffusion.guidance import guided
+from stillhouse.diffusion.guidance import GuidanceScale, guided
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised, velocity
 from stillhouse.errors import UserError
-from stillhouse.families.timestep.networks import Networks
+from stillhouse.families.timestep.networks import Networks, Phase
+from stillhouse.families.timestep.rollouts import Rollout, samples
 from stillhouse.objectives.consistency import Weighting as WeightOfTime
 from stillhouse.objectives.distribution_matching import Weighting, injected, matching_gradient
 from stillhouse.ranges import Finite, Share
-from stillhouse.records.diffusion import Condition, TrigFlowNetwork
+from stillhouse.records.diffusion import Condition, ImageBatch, TrigFlowNetwork
+from stillhouse.records.losses import LossTerms
 
 GeneratorLoss = Callable[[Networks, Tensor, Condition, Tensor, Generator], Float[Tensor, "B"]]
 
@@ -129,3 +131,41 @@ def both_scores(networks: Networks) -> tuple[TrigFlowNetwork, TrigFlowNetwork]:
             "samples with one; expected fake_score=full_copy, lora or pretrained"
         )
     return networks.teacher, networks.fake_score
+
+
+def critic(
+    networks: Networks,
+    batch: ImageBatch,
+    phase: Phase,
+    generator: Generator,
+    *,
+    rollout: Rollout,
+    guidance_scale: GuidanceScale,
+    times: TimeSampler,
+    weighting: WeightOfTime,
+    condition_dropout: Share = 0.0,
+) -> LossTerms:
+    """Return the loss of a fake score that learns alone, a mean over the samples.
+
+    Args:
+        networks: student and fake score.
+        batch: whose conditions are sampled; of its data only the shape is read.
+        phase: where training stands.
+        generator: of everything drawn, on the CPU.
+        rollout: of `rollouts`, as the student's.
+        guidance_scale: of `diffusion.guidance`, of a student that is told its scale.
+        times, weighting, condition_dropout: as in `fake_score_loss`.
+    """
+    scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
+    with torch.no_grad():
+        x_0 = samples(networks, batch, phase, generator, rollout, scale)
+    losses = fake_score_loss(
+        networks,
+        x_0,
+        batch.condition,
+        generator,
+        times=times,
+        weighting=weighting,
+        condition_dropout=condition_dropout,
+    )
+    return LossTerms(losses.mean())

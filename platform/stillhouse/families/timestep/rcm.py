@@ -5,7 +5,7 @@ Consistency", arXiv:2510.08431. Consistency covers modes and blurs, since its er
 data to noise; distribution matching supervises the whole jump, and sharpens:
 
     student     L = L_sCM + λ L_DMD(x_0),   x_0 a rollout of 1 to N steps at drawn times
-    critic      mean_D (F_fake - dx/dt)² at noised rollouts, from the end of the warm-up on
+    critic      mean_D (F_fake - dx/dt)² at noised rollouts (`matching.critic`), behind the warm-up
 
 The paper sums squares over a sample's D elements and halves nothing: its λ L_DMD is 2 λ times
 `matching`'s beside a mean. Its code says 100 L_sCM + L_DMD for λ = 0.01.
@@ -17,7 +17,7 @@ from torch import Generator
 from stillhouse.diffusion.guidance import GuidanceScale
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.families.timestep.consistency import ConsistencyLoss
-from stillhouse.families.timestep.matching import GeneratorLoss, WeightOfTime, fake_score_loss
+from stillhouse.families.timestep.matching import GeneratorLoss
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import Rollout, samples
 from stillhouse.families.timestep.scm import scm
@@ -75,31 +75,3 @@ def student(
         total = total + 2 * matching_weight * matched
         terms["matching"] = matched.detach()
     return LossTerms(total, terms)
-
-
-def critic(
-    networks: Networks,
-    batch: ImageBatch,
-    phase: Phase,
-    generator: Generator,
-    *,
-    rollout: Rollout,
-    guidance_scale: GuidanceScale,
-    times: TimeSampler,
-    weighting: WeightOfTime,
-) -> LossTerms:
-    """Return the fake score's loss, a mean over the samples.
-
-    Args:
-        networks, batch, phase, generator: as in `student`; of the data only the shape is read.
-        rollout, guidance_scale: as in `student`; of a student that is told its scale.
-        times: of `diffusion.times`.
-        weighting: of `matching` or `objectives.consistency`.
-    """
-    scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
-    with torch.no_grad():
-        x_0 = samples(networks, batch, phase, generator, rollout, scale)
-    losses = fake_score_loss(
-        networks, x_0, batch.condition, generator, times=times, weighting=weighting
-    )
-    return LossTerms(losses.mean())

@@ -4,23 +4,20 @@ Thuong Hoang Nguyen, Anh Tran, "SwiftBrush: One-Step Text-to-Image Diffusion Mod
 Score Distillation", arXiv:2312.05239; the gradient is ProlificDreamer's, arXiv:2305.16213. The fake
 score is the teacher with adapters that learn; both are guided alike:
 
-    x_0 = -F(ε, π/2)                                           pure noise has no signal to divide by
-    student     g = sin² t (ε_teacher - ε_fake)                (`matching.score_difference`)
-    critic      cos⁴ t mean_D (F_fake - dx/dt)²                without its condition in a tenth
+    x_0 = -F(ε, π/2)                              pure noise has no signal to divide by
+    student     g = sin² t (ε_teacher - ε_fake)   (`matching.score_difference`)
+    critic      cos⁴ t mean_D (F_fake - dx/dt)²   (`matching.critic`), a tenth without its condition
 
 The paper's last time has a signal left, α = √0.0047; TrigFlow's has none, and so the map is -F. It
 drops the condition of a whole batch at a time, here it is dropped sample by sample.
 """
 
-import torch
 from torch import Generator
 
 from stillhouse.diffusion.guidance import GuidanceScale
-from stillhouse.diffusion.times import TimeSampler
-from stillhouse.families.timestep.matching import GeneratorLoss, WeightOfTime, fake_score_loss
+from stillhouse.families.timestep.matching import GeneratorLoss
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import Rollout, samples
-from stillhouse.ranges import Share
 from stillhouse.records.diffusion import ImageBatch
 from stillhouse.records.losses import LossTerms
 
@@ -49,39 +46,3 @@ def student(
     scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
     x_0 = samples(networks, batch, phase, generator, rollout, scale)
     return LossTerms(matching(networks, x_0, batch.condition, scale, generator).mean())
-
-
-def critic(
-    networks: Networks,
-    batch: ImageBatch,
-    phase: Phase,
-    generator: Generator,
-    *,
-    rollout: Rollout,
-    guidance_scale: GuidanceScale,
-    times: TimeSampler,
-    weighting: WeightOfTime,
-    condition_dropout: Share,
-) -> LossTerms:
-    """Return the fake score's loss, a mean over the samples.
-
-    Args:
-        networks, batch, phase, generator: as in `student`.
-        rollout, guidance_scale: as in `student`; of a student that is told its scale.
-        times: of `diffusion.times`.
-        weighting: of `matching`.
-        condition_dropout: share of samples without their condition.
-    """
-    scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
-    with torch.no_grad():
-        x_0 = samples(networks, batch, phase, generator, rollout, scale)
-    losses = fake_score_loss(
-        networks,
-        x_0,
-        batch.condition,
-        generator,
-        times=times,
-        weighting=weighting,
-        condition_dropout=condition_dropout,
-    )
-    return LossTerms(losses.mean())
