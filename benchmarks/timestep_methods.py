@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 
 from stillhouse.config import preflight
 from stillhouse.families.timestep.module import TimestepDistiller
-from stillhouse.families.timestep.networks import Phase
+from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.schema import register_schemas
 from stillhouse.stages.workspace import register_resolvers
 
@@ -95,17 +95,12 @@ def built(recipe: str, overrides: list[str]) -> tuple[TimestepDistiller, Any, Ca
     learner = copy.deepcopy(student)
 
     def plain() -> None:
-        networks = TimestepDistiller(
+        gradients(
+            flow(
+                Networks(learner, None, None), batch, Phase(0, 1), torch.Generator().manual_seed(0)
+            ),
             learner,
-            None,
-            flow,
-            None,
-            times={},
-            guidance_scale=1.0,
-            takes_tangents=False,
-            learnt_weighting=False,
-        ).networks
-        gradients(flow(networks, batch, Phase(0, 1), torch.Generator().manual_seed(0)), learner)
+        )
 
     return module, batch, plain
 

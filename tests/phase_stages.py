@@ -1,7 +1,7 @@
 """Networks of points that take turns, a loss that all are in, and a stage of several ranks."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,19 @@ def everything(
     return LossTerms(losses.mean(), {"size": x.abs().mean()})
 
 
+def without_the_student(
+    networks: Networks, batch: ImageBatch, phase: Phase, generator: Generator
+) -> LossTerms:
+    """The same of a student that is asked without a gradient alone, as samples are taken."""
+    student: Any = networks.student
+
+    def sampled(*asked: Any) -> Tensor:
+        with torch.no_grad():
+            return student(*asked)
+
+    return everything(replace(networks, student=sampled), batch, phase, generator)
+
+
 def descent(module: nn.Module, max_steps: int) -> Any:
     """A step of rate 1 without state, with the schedule that phases ask for."""
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
@@ -93,16 +106,23 @@ def parts_of(module: TimestepDistiller) -> dict[str, dict[str, Tensor]]:
 
 
 class Watch(pl.Callback):
-    """Notes all networks behind every step of the optimiser."""
+    """Notes all networks behind every step of the optimiser, or behind the last one alone.
 
-    def __init__(self) -> None:
+    Networks that ranks have parts of are shared anew where they are read, which hides what a step
+    leaves behind.
+    """
+
+    def __init__(self, *, last: bool = False) -> None:
+        self.last = last
         self.seen: list[dict[str, dict[str, Tensor]]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.seen.append(parts_of(pl_module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == len(self.seen):
+        if self.last and trainer.global_step < trainer.max_steps:
+            return
+        if self.last or trainer.global_step == len(self.seen):
             self.seen.append(parts_of(pl_module))
 
 
@@ -120,7 +140,9 @@ class TwoCycles:
 
     def __call__(self, context: StageContext) -> StageResult:
         """Train; leave what every rank had behind every step."""
-        module, watch = taking_turns_by(optimizer=descent), Watch()
+        losses = {"student": everything, "critic": without_the_student}
+        losses["judge"] = without_the_student
+        module, watch = taking_turns_by(losses, optimizer=descent), Watch(last=self.sharded)
         trainer = bare_trainer(
             context.scratch,
             devices=self.devices,

@@ -118,8 +118,8 @@ def test_latents_of_other_pictures(store: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         latents_of(store, {"_target_": "generators.captioned_otherwise"}).collate([0])
     assert str(caught.value) == (
-        f"data.latents_path={store}: it has 32 pictures for train, data.source 6; encode those of "
-        "this source"
+        f"data.latents_path={store}: its pictures for train are others than those of a folder; "
+        "encode those of this source"
     )
     with pytest.raises(UserError) as caught:
         latents_of(str(tmp_path)).collate([0])
@@ -150,3 +150,12 @@ def test_what_is_no_autoencoder(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"^stages\.latents\.path=.*autoencoder"):
         encode(str(tmp_path / "dit"), tmp_path / "again", subfolder=None)
+
+
+def test_pictures_that_come_back_smaller_are_refused(vae: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        encode(vae, tmp_path / "latents", source=EMOJI | {"image_size": 9})
+    assert str(caught.value) == (
+        "stages.latents.source: pictures of 9 x 9 come back as 8 x 8; set data.source.image_size "
+        "to a multiple of what the autoencoder shrinks by"
+    )

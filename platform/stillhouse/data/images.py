@@ -122,7 +122,7 @@ class ImageData(pl.LightningDataModule):
     def mean(self) -> float:
         """Of all values of training."""
         values = self.splits["train"].values
-        return 0.0 if values.ndim == 2 else float(values.double().mean())
+        return 0.0 if values.ndim == 2 else float(values.mean(dtype=torch.double))
 
     @cached_property
     def std(self) -> float:
@@ -152,7 +152,7 @@ class ImageData(pl.LightningDataModule):
 
     def collate(self, rows: Sequence[int], split: Split = "train") -> ImageBatch:
         """Return a batch of samples by their places."""
-        samples = self.samples(split).picked(torch.as_tensor(rows))
+        samples = self.splits[split].picked(torch.as_tensor(rows))
         embeddings, mask = None, None
         if self.captions and samples.captions:
             embeddings, mask = self.captions.embedded(samples.captions)

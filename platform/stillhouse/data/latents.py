@@ -1,5 +1,7 @@
 """Latents: pictures as an autoencoder's codes, which generators learn in the place of pixels."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +17,12 @@ from torch import Tensor
 from stillhouse.data.images import ImageData
 from stillhouse.data.pictures.pictures import Samples, Split
 from stillhouse.errors import UserError
+from stillhouse.files import write_json
 from stillhouse.ranges import Count, CountFrom0
 from stillhouse.students.autoencoders import Autoencoder, load_autoencoder
 from stillhouse.students.few_step_pipeline import decoded
 
-LATENTS, VAE = "latents.safetensors", "vae"
+LATENTS, PICTURES, VAE = "latents.safetensors", "pictures.json", "vae"
 BATCH = 64
 
 
@@ -30,21 +33,29 @@ class Latents:
     Attributes:
         folder: where it lies.
         values: of each split's pictures, in their order [N, C, H, W].
+        pictures: hash of each split's pictures.
     """
 
     folder: Path
     values: Mapping[str, Float[Tensor, "N C H W"]]
+    pictures: Mapping[str, str]
 
     def write(self) -> None:
         """Write the latents; the autoencoder is written by who encodes."""
-        save_file(
-            {split: t.contiguous() for split, t in self.values.items()}, self.folder / LATENTS
-        )
+        tensors = {split: t.contiguous() for split, t in self.values.items()}
+        save_file(tensors, self.folder / LATENTS)
+        write_json(self.folder / PICTURES, dict(self.pictures))
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
-        """What made them."""
-        return load_autoencoder(str(self.folder / VAE), key="data.latents_path")
+        """What made them, on the GPU where there is one."""
+        found = load_autoencoder(str(self.folder / VAE), key="data.latents_path")
+        return found.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hash_of(values: Tensor) -> str:
+    """Return the sha256 of a tensor's values."""
+    return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
 
 
 def read_latents(path: str, *, key: str) -> Latents:
@@ -55,8 +66,9 @@ def read_latents(path: str, *, key: str) -> Latents:
     """
     folder = Path(path).expanduser()
     try:
-        return Latents(folder, load_file(folder / LATENTS))
-    except (OSError, SafetensorError) as error:
+        pictures = json.loads((folder / PICTURES).read_text())
+        return Latents(folder, load_file(folder / LATENTS), pictures)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{key}={path}: no latents can be read there; expected the artifact of a stage of "
             "conf/stage/encode_latents.yaml"
@@ -113,11 +125,10 @@ class LatentData(ImageData):
         """
         found = read_latents(self.latents_path, key="data.latents_path")
         for split, samples in self.source.splits.items():
-            count = len(found.values.get(split, ()))
-            if count != len(samples):
+            if found.pictures.get(split) != hash_of(samples.values):
                 raise UserError(
-                    f"data.latents_path={self.latents_path}: it has {count} pictures for {split}, "
-                    f"data.source {len(samples)}; encode those of this source"
+                    f"data.latents_path={self.latents_path}: its pictures for {split} are others "
+                    f"than those of {self.source.name}; encode those of this source"
                 )
         return found
 

@@ -36,6 +36,19 @@ def one_of(
     return torch.tensor(list(scales), dtype=torch.double)[chosen]
 
 
+def check_dropout(network: TrigFlowNetwork, share: float) -> None:
+    """Refuse to drop the conditions of a network that knows no samples without.
+
+    Raises:
+        UserError: naming the share.
+    """
+    if share > 0 and not getattr(network, "unconditional", True):
+        raise UserError(
+            f"method.condition_dropout={share}: the network knows no samples without a condition; "
+            "expected 0, or one that was trained with student.unconditional=true"
+        )
+
+
 def guided(
     network: TrigFlowNetwork,
     x_t: Float[Tensor, "B ..."],

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stillhouse.ranges import Finite, Positive
+from stillhouse.errors import UserError
+from stillhouse.ranges import Finite, Positive, Share
 
 TimeSampler = Callable[[int, torch.Generator], Float[Tensor, "B"]]
 
@@ -32,7 +33,12 @@ def log_normal(
 
 
 def shifted_uniform(
-    count: int, generator: torch.Generator, *, shift: Positive = 1.0
+    count: int,
+    generator: torch.Generator,
+    *,
+    shift: Positive = 1.0,
+    least: Share = 0.0,
+    most: Share = 1.0,
 ) -> Float[Tensor, "B"]:
     """Return times whose rectified-flow time s is uniform, then moved towards noise.
 
@@ -42,8 +48,15 @@ def shifted_uniform(
         count: B.
         generator: on the CPU.
         shift: above 1 towards noise.
+        least, most: of u.
+
+    Raises:
+        UserError: for a range that is none.
     """
+    if not least < most:
+        raise UserError(f"times.least={least}, times.most={most}: expected least below most")
     u = torch.rand(count, generator=generator, dtype=torch.double)
+    u = least + (most - least) * u
     s = shift * u / (1 + (shift - 1) * u)
     return torch.atan2(s, 1 - s)
 

@@ -74,13 +74,14 @@ def images(
             found["class_consistency"] = _consistency(classifier(pixels), test.condition.labels)
         return found
 
-    pixels = {FLOOR: data.pixels("test")}
-    numbers: dict[str, Mapping[str, float | int]] = {FLOOR: quality(pixels[FLOOR])}
+    real = data.pixels("test")
+    grids = {FLOOR: real[shown].numpy()}
+    numbers: dict[str, Mapping[str, float | int]] = {FLOOR: quality(real)}
     for row, sampler in rows.items():
         found = drawn(sampler, data, seed=seed, repeats=speed_repeats)
-        pixels[row] = data.restored(found.samples)
-        numbers[row] = {**quality(pixels[row]), **found.cost}
-    grids = {row: values[shown].numpy() for row, values in pixels.items()}
+        pixels = data.restored(found.samples)
+        grids[row] = pixels[shown].numpy()
+        numbers[row] = {**quality(pixels), **found.cost}
     return Evaluated(models=numbers, pictures={"samples": partial(_draw, grids)})
 
 

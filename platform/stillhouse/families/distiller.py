@@ -90,6 +90,11 @@ class Distiller(pl.LightningModule):
         """Return how many steps of the optimiser so many updates of the student take."""
         return updates
 
+    @property
+    def steps_a_cycle(self) -> int:
+        """Steps of the optimiser for an update of the student, in the long run."""
+        return 1
+
     def updates_at(self, step: int) -> int:
         """Return how many updates the student had before a step of the optimiser."""
         return step
@@ -106,7 +111,8 @@ class Distiller(pl.LightningModule):
     def summary(self) -> Mapping[str, float | int]:
         """Return the final metrics of the stage, units in the names."""
         finals = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
-        return {"steps": self.trainer.global_step, f"{self.unit}_seen": self.units_seen, **finals}
+        updates = self.updates_at(self.trainer.global_step)
+        return {"steps": updates, f"{self.unit}_seen": self.units_seen, **finals}
 
     def stop_if_not_finite(self, loss: Tensor, batch_index: int) -> None:
         """Stop before a loss that is NaN or infinite reaches the parameters.

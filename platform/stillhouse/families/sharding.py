@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -28,17 +29,29 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh)
 
 
+def reshard(network: nn.Module) -> None:
+    """Let the next pass gather the weights as they are by then.
+
+    A pass without a gradient leaves what lies outside of the lists gathered: later passes would
+    find it as it was, and as learning as it was.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def empty(network: nn.Module) -> nn.Module:
-    """Return a copy without weights, that `filled` makes whole."""
-    return copy.deepcopy(network).to("meta")
+    """Return a copy without weights, that `filled` makes whole; ties and buffers stay."""
+    without: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in network.parameters()
+    }
+    return copy.deepcopy(network, without)
 
 
 def filled(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Give an empty copy its weights, and return it."""
     network.load_state_dict(weights, assign=True, strict=False)
-    ties: Any = getattr(network, "tie_weights", None)
-    if ties is not None:
-        ties()
     return network
 
 

@@ -55,10 +55,20 @@ class Condition(NamedTuple):
         """Return for each sample that of the one before it."""
         return Condition(*(t if t is None else t.roll(1, 0) for t in self))
 
-    def joined(self, other: "Condition") -> "Condition":
-        """Return the samples of both, one behind the other."""
-        pairs: Any = zip(self, other, strict=True)
-        return Condition(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
+    def picked(self, places: Int[Tensor, "M"]) -> "Condition":
+        """Return it of some samples."""
+        return Condition(*(t if t is None else t[places] for t in self))
+
+    def differs(self, other: "Condition") -> Bool[Tensor, "B"]:
+        """Return of which samples another one says something else."""
+        pairs: Any = [(a, b) for a, b in zip(self, other, strict=True) if a is not None]
+        found = [(a != b).flatten(1).any(1) if a.ndim > 1 else a != b for a, b in pairs]
+        return torch.stack(found).any(0) if found else torch.zeros(0, dtype=torch.bool)
+
+    def joined(self, *others: "Condition") -> "Condition":
+        """Return the samples of all, one behind the other."""
+        columns: Any = zip(self, *others, strict=True)
+        return Condition(*(parts[0] if parts[0] is None else torch.cat(parts) for parts in columns))
 
     def to(self, *args: Any, **kwargs: Any) -> "Condition":
         """Move every field, as `torch.Tensor.to` does."""

@@ -7,12 +7,13 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from stillhouse.data.latents import VAE, Latents
+from stillhouse.data.latents import VAE, Latents, hash_of
 from stillhouse.data.pictures.pictures import Pictures
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.autoencoders import encoded, load_autoencoder
+from stillhouse.students.few_step_pipeline import decoded
 from stillhouse.tracking.work import WorkProgress
 
 
@@ -49,12 +50,29 @@ class EncodeLatents:
                     parts.append(encoded(autoencoder, part.to(device)).float().cpu())
                     progress.advance(len(part))
                 values[split] = torch.cat(parts)
-        latents = Latents(context.output, values)
+                _check_size(samples.values, parts[0][:1], autoencoder, key)
+        pictures = {split: hash_of(samples.values) for split, samples in source.splits.items()}
+        latents = Latents(context.output, values, pictures)
         latents.write()
         autoencoder.to("cpu").save_pretrained(context.output / VAE)
         channels, height, width = values["train"].shape[1:]
         return StageResult(
             metrics={"pictures": count, "channels": channels, "height": height, "width": width}
+        )
+
+
+def _check_size(pixels: Tensor, latents: Tensor, autoencoder: Any, key: str) -> None:
+    """Refuse pictures that come back of another size.
+
+    Raises:
+        UserError: naming both.
+    """
+    shape, back = pixels.shape[2:], decoded(autoencoder, latents).shape[2:]
+    if shape != back:
+        sizes = [" x ".join(map(str, size)) for size in (shape, back)]
+        raise UserError(
+            f"{key}.source: pictures of {sizes[0]} come back as {sizes[1]}; set "
+            "data.source.image_size to a multiple of what the autoencoder shrinks by"
         )
 
 

@@ -149,14 +149,19 @@ class Fit:
         Raises:
             UserError: for values that Lightning refuses, and for a budget of no step.
         """
-        in_updates = {
-            key: module.optimizer_steps(self.trainer[key])
-            for key in ("max_steps", "val_check_interval")
-            if isinstance(self.trainer.get(key), int) and self.trainer[key] > 0
-        }
+        in_steps = {"max_steps": module.optimizer_steps(max(0, self.trainer["max_steps"]))}
+        interval = self.trainer.get("val_check_interval")
+        if isinstance(interval, int):
+            in_steps["val_check_interval"] = interval * module.steps_a_cycle
+        sharing = self.trainer.get("strategy")
+        if isinstance(sharing, dict) and not isinstance(sharing["data_parallel_size"], int):
+            raise UserError(
+                f"stage {context.name}: trainer.devices={self.trainer['devices']}: weights are "
+                "shared over a number of processes; expected it, such as 2"
+            )
         try:
             trainer: pl.Trainer = instantiate(self.trainer)(
-                **in_updates,
+                **in_steps,
                 default_root_dir=context.scratch,
                 logger=context.tracker.loggers or False,
                 callbacks=callbacks,

@@ -73,7 +73,7 @@ class RecordPairs:
                 ).cpu()
 
         x_0: list[Tensor] = []
-        condition: Condition | None = None
+        conditions: list[Condition] = []
         with WorkProgress(context.name, self.count, "pairs", context.console) as progress:
             for start in range(0, self.count, self.batch_size):
                 places = list(range(start, min(start + self.batch_size, self.count)))
@@ -85,8 +85,8 @@ class RecordPairs:
                     _write(shard, sampled(places, said))
                     progress.advance(len(places))
                 x_0.append(load_file(shard)["x_0"])
-                condition = said if condition is None else condition.joined(said)
-        assert condition is not None
+                conditions.append(said)
+        condition = conditions[0].joined(*conditions[1:])
         facts = PairFacts(
             teacher=content_hash(Path(self.path).expanduser()),
             seed=self.seed,

@@ -1,5 +1,7 @@
 """Autoencoders of pictures, of diffusers: pixels to latents and, by `few_step_pipeline`, back."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,13 @@ def load_autoencoder(path: str, *, key: str, subfolder: str | None = None) -> Au
     """
     where = f"{key}={path}" + (f", subfolder {subfolder}" if subfolder else "")
     try:
-        model: Any = AutoModel.from_pretrained(path, subfolder=subfolder)
+        with warnings.catch_warnings():
+            # diffusers' own use of the hub's client.
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
+            place = Path(path).expanduser()
+            model: Any = AutoModel.from_pretrained(
+                str(place) if place.is_dir() else path, subfolder=subfolder
+            )
     except Exception as error:  # the libraries below raise whatever a broken file makes them
         raise UserError(f"{where}: no autoencoder can be loaded: {one_line(error)}") from error
     if not hasattr(model, "encode") or not hasattr(model, "decode"):

@@ -28,13 +28,14 @@ def on_features(trunk: nn.Module, *, features: Sequence[str], head: Head) -> "Di
     """Return a head for each of some modules' outputs.
 
     Args:
-        trunk: the teacher, or what a fake score is a copy of, with `sample_shape`.
+        trunk: the fake score or the teacher, with `sample_shape`.
         features: names of modules, whose outputs are [B, N, D], [B, D, H, W] or [B, D].
         head: called with D, returns a module from [B, N, D] to a logit of each token.
 
     Raises:
         UserError: for a name that the trunk does not have, and a trunk without features.
     """
+    trunk = getattr(trunk, "trunk", trunk)
     key = "stages.<stage>.family.discriminator.features"
     known = [name for name, _ in trunk.named_modules() if name]
     if not known:
@@ -54,7 +55,9 @@ def on_features(trunk: nn.Module, *, features: Sequence[str], head: Head) -> "Di
     shape: Any = trunk.sample_shape
     x, t = torch.zeros(2, *shape), torch.full((2,), 0.8, dtype=torch.double)
     with torch.no_grad(), _watched(trunk, features) as seen:
-        trunk(x, t, Condition())
+        # Some know no samples without a class.
+        knows_none = getattr(trunk, "unconditional", True)
+        trunk(x, t, Condition(None if knows_none else torch.zeros(2, dtype=torch.long)))
     return Discriminator({name: head(_tokens(seen[name]).shape[-1]) for name in features})
 
 
@@ -77,11 +80,12 @@ class Discriminator(nn.Module):
         t: Float[Tensor, "B"],
         condition: Condition,
     ) -> Float[Tensor, "B K"]:
-        """Return all heads' logits; gradients reach x_t through the trunk."""
+        """Return all heads' logits, float32; gradients reach x_t through the trunk."""
         with _watched(trunk, self.features) as seen:
             trunk(x_t, t, condition)
         pairs = zip(self.features, self.heads, strict=True)
-        return torch.cat([head(_tokens(seen[name])).flatten(1) for name, head in pairs], 1)
+        logits = [head(_tokens(seen[name])).flatten(1) for name, head in pairs]
+        return torch.cat(logits, 1).float()
 
 
 def mlp_head(width: int, *, hidden: Count) -> nn.Module:

@@ -134,8 +134,10 @@ class FewStepPipeline(DiffusionPipeline):
             )
         condition = {
             "class_labels": None if labels is None else labels.to(device),
-            "encoder_hidden_states": prompt_embeds,
-            "encoder_attention_mask": prompt_attention_mask,
+            "encoder_hidden_states": None if prompt_embeds is None else prompt_embeds.to(device),
+            "encoder_attention_mask": (
+                None if prompt_attention_mask is None else prompt_attention_mask.to(device)
+            ),
         }
         if settings.times:
             steps = 1 if num_inference_steps is None else num_inference_steps
@@ -206,7 +208,9 @@ class FewStepPipeline(DiffusionPipeline):
             none = torch.full((len(x),), known - 1, device=x.device)
             said["class_labels"] = none if labels is None else labels.where(labels >= 0, none)
         v = self.transformer(
-            scale * x, s, **{name: value for name, value in said.items() if name in taken}
+            (scale * x).to(self.transformer.dtype),
+            s,
+            **{name: value for name, value in said.items() if name in taken},
         ).sample
         return scale * v + (cos - sin) * scale * x
 

@@ -2,9 +2,10 @@
 
 `SmallDiT` is a diffusion transformer (2212.09748) with RMS-normalised queries and keys and an
 embedding of time whose frequencies stay low, so that its derivative in time stays small
-(2410.11081, Sec. 4.1). `PointNetwork` is an MLP for data without a shape. Both are told
-the class or the embedded caption of a sample, or nothing, and, where they were distilled from a
-guided teacher, how strongly it was guided: an input that begins without an effect.
+(2410.11081, Sec. 4.1): at frequencies up to 32 consistency training diverged for some seeds.
+`PointNetwork` is an MLP for data without a shape. Both are told the class or the embedded caption
+of a sample, or nothing, and, where they were distilled from a guided teacher, how strongly it was
+guided: an input that begins without an effect.
 
 This file stands alone: it is saved beside the weights, and needs torch and diffusers only.
 
@@ -24,8 +25,8 @@ FREQUENCIES = 32
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
-    """Return sines and cosines of values [B] at frequencies from 1 to 32: [B, width]."""
-    octaves = torch.linspace(0, 5, width // 2, dtype=torch.float64, device=values.device)
+    """Return sines and cosines of values [B] at frequencies from 1/4 to 4: [B, width]."""
+    octaves = torch.linspace(-2, 2, width // 2, dtype=torch.float64, device=values.device)
     angles = values.double()[:, None] * torch.exp2(octaves)
     return torch.cat([angles.sin(), angles.cos()], 1)
 

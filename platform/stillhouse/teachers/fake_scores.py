@@ -145,7 +145,8 @@ class AdaptedTeacher(nn.Module):
     @contextmanager
     def _adapted(self) -> Iterator[None]:
         handles = [
-            layer.register_forward_hook(_added(adapter))
+            # First of all, so that whoever watches a layer sees it adapted.
+            layer.register_forward_hook(_added(adapter), prepend=True)
             for layer, adapter in zip(self._layers, self.adapters, strict=True)
         ]
         try:

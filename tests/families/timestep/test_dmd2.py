@@ -233,7 +233,7 @@ def test_the_teacher_is_guided_and_the_student_told() -> None:
 
 
 def test_several_steps_learn_by_their_last() -> None:
-    """Of a grid of one time it is the one-step loss at every update; of more, at some."""
+    """Of a grid of one time it is the one-step loss at every turn; of more, at some."""
     of, losses = networks(), []
     for times in ([math.pi / 2], [math.pi / 2, 1.0]):
         rollout = partial(backward_simulation, times=times)
@@ -241,7 +241,7 @@ def test_several_steps_learn_by_their_last() -> None:
         losses.append(
             [
                 student(
-                    of, points(), Phase(u, 9), seeded(), **settings, adversarial_weight=0.0
+                    of, points(), Phase(0, 9, u), seeded(), **settings, adversarial_weight=0.0
                 ).total
                 for u in range(8)
             ]

@@ -313,5 +313,5 @@ def test_a_straight_flow_learns_what_it_says_without_a_condition() -> None:
     assert float(dropped.double().mean()) == pytest.approx(0.25, abs=0.03)
     knows_none = TrigFlowView(Straight(), RECTIFIED_FLOW, flow)
     knows_none.unconditional = False
-    with pytest.raises(UserError, match=r"^method\.condition_dropout=0\.25: the student knows no"):
+    with pytest.raises(UserError, match=r"^method\.condition_dropout=0\.25: the network knows no"):
         method(Networks(knows_none, None, None), batch, Phase(0, 1), generator)

@@ -94,7 +94,7 @@ def test_a_method_is_told_where_training_stands(tmp_path) -> None:
         return still(networks, batch, phase, generator)
 
     fitted(module_of(method), tmp_path, max_steps=3, accumulate_grad_batches=2)
-    assert seen == [Phase(update, 3) for update in (0, 0, 1, 1, 2, 2)]
+    assert seen == [Phase(update, 3, update) for update in (0, 0, 1, 1, 2, 2)]
 
 
 def test_two_halves_are_a_whole_batch(tmp_path) -> None:

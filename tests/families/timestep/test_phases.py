@@ -112,8 +112,9 @@ def test_a_method_is_told_the_cycle_and_a_phase_logs_by_its_name(tmp_path) -> No
 
     module = taking_turns_by({name: noted(name) for name in LEARNT})
     trainer = fitted(module, tmp_path, accumulate_grad_batches=2)
-    cycles = [0, 0, 0, 1, 1, 1, 1]
-    each = [(n, Phase(cycle, 2)) for n, cycle in zip(CYCLES, cycles, strict=True)]
+    cycles, turns = [0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 3, 0]
+    phases = [Phase(cycle, 2, turn) for cycle, turn in zip(cycles, turns, strict=True)]
+    each = list(zip(CYCLES, phases, strict=True))
     assert told == [one for one in each for _ in range(2)]
     names = {
         f"train_{phase}{term}" for phase in ("", "critic_", "judge_") for term in ("loss", "size")
@@ -237,8 +238,11 @@ def test_two_ranks_are_one_process_on_the_whole_batch_in_every_phase(
     assert metrics["images_seen"] == 2 * 8
     expected = torch.load(alone.output / "seen_0.pt")
     seen = [torch.load(together.output / f"seen_{rank}.pt") for rank in (0, 1)]
-    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[0][-1], expected[-1], rtol=1e-4, atol=1e-6)
     assert len(expected) == len(CYCLES) + 1
+    if sharded:
+        return
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(*seen, strict=True):
         assert not changed(ours, theirs), "ranks part"
     for name, (before, after) in zip(CYCLES, pairwise(seen[0]), strict=True):
@@ -292,7 +296,7 @@ def test_a_stages_budget_is_of_the_students_updates(
         trainer=partial_of("lightning.pytorch.Trainer", **budget),
     )
     metrics = fit(stage_context("distil")).metrics
-    assert (metrics["steps"], metrics["images_seen"]) == (6, 2 * 4)
+    assert (metrics["steps"], metrics["images_seen"]) == (2, 2 * 4)
     assert found == [3, 6]
 
 
@@ -348,7 +352,12 @@ FEATURES = "stages.<stage>.family.discriminator.features"
             f"{FEATURES}=[]: expected the name of a module, such as network.model.layers.0",
         ),
         (
-            {"teacher": ring_mixture(), "fake_score": partial(pretrained, path="POINTS")},
+            {
+                "teacher": ring_mixture(),
+                "fake_score": None,
+                "phases": {"judge": turn("discriminator")},
+                "method": {"student": everything, "judge": everything},
+            },
             f"{FEATURES}=['network.model.layers.0']: the teacher, a GaussianMixture, has no "
             "modules to read features of; expected teacher=denoiser",
         ),

@@ -221,20 +221,20 @@ def test_the_critic_teaches_the_fake_score_alone_on_rollouts_that_fall() -> None
     torch.manual_seed(0)
     student, fake = Noted(PointMap(classes=2)), PointMap(classes=2)
     teacher = copy.deepcopy(fake)
-    for update in range(4):
+    for turn in range(4):
         student.asked.clear()
         matching.critic(
             Networks(student, teacher, None, fake),
             batch(),
-            Phase(update, 9),
-            Generator().manual_seed(update),
+            Phase(0, 9, turn),
+            Generator().manual_seed(turn),
             rollout=MATCHED["rollout"],
             guidance_scale=fixed,
             times=log_normal,
             weighting=even,
         ).total.backward()
         times = torch.stack([t for _, t in student.asked])
-        assert len(times) == update % 3 + 1
+        assert len(times) == turn % 3 + 1
         assert (times[0] == math.pi / 2).all()
         assert (times.diff(dim=0) <= 0).all()
     assert all(p.grad is None for p in [*student.parameters(), *teacher.parameters()])

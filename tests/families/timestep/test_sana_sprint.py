@@ -285,5 +285,18 @@ def test_it_needs_heads_and_a_teacher(loss: Loss, lacking: str) -> None:
         asked(loss, Networks(of.student, parts["teacher"], None, None, parts["discriminator"]))
     assert str(refusal.value) == (
         "stages.<stage>.family.discriminator=null: SANA-Sprint has heads on its teacher; expected "
-        "discriminator=heads, and a teacher"
+        "a teacher, and +discriminator@stages.<stage>.family.discriminator=convolutional_heads"
     )
+
+
+def test_a_sample_of_the_same_condition_is_not_called_misaligned() -> None:
+    """Real data under their own condition are real; without conditions none is misaligned."""
+    labels = torch.tensor([1, 1, 0, 0])
+    condition = Condition(labels=labels)
+    wrong = condition.differs(condition.rolled())
+    assert wrong.tolist() == [True, False, True, False]
+    assert Condition().differs(Condition()).numel() == 0
+    states = torch.arange(24.0).view(4, 3, 2)
+    told = Condition(embeddings=states, mask=torch.ones(4, 3, dtype=torch.bool))
+    assert told.differs(told.rolled()).all()
+    assert not told.differs(told).any()

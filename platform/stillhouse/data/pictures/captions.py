@@ -66,9 +66,7 @@ class Captions:
     def embedded(
         self, captions: Sequence[str]
     ) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"]]:
-        """Return the states of captions that the store has, filled up with zeros, and where they
-        are none.
-        """
+        """Return states of captions that the store has, filled up with zeros; True at tokens."""
         states = self.states.new_zeros(len(captions), self.longest, self.width)
         mask = torch.zeros(states.shape[:2], dtype=torch.bool)
         for row, caption in enumerate(captions):

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from stillhouse.diffusion.guidance import check_dropout
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised, velocity
-from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.objectives.consistency import Weighting
 from stillhouse.ranges import Share
@@ -56,11 +56,7 @@ def reflow(
     Raises:
         UserError: for a share above 0 and a network without unconditional samples.
     """
-    if condition_dropout > 0 and not getattr(networks.student, "unconditional", True):
-        raise UserError(
-            f"method.condition_dropout={condition_dropout}: the student knows no samples without a "
-            "condition; expected 0"
-        )
+    check_dropout(networks.student, condition_dropout)
     t = times(len(batch.x_0), generator).to(batch.x_0.device)
     dropped = torch.rand(len(batch.x_0), generator=generator).to(t.device) < condition_dropout
     condition = batch.condition.dropped(dropped)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from stillhouse.diffusion.guidance import GuidanceScale, guided
+from stillhouse.diffusion.guidance import GuidanceScale, check_dropout, guided
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised, velocity
 from stillhouse.errors import UserError
@@ -88,9 +88,10 @@ def fake_score_loss(
         condition_dropout: share of samples without their condition, so that it can be guided.
 
     Raises:
-        UserError: without a fake score.
+        UserError: without a fake score, and for drops that it does not know.
     """
-    _, fake = both_scores(networks)
+    fake = fake_score_of(networks)
+    check_dropout(fake, condition_dropout)
     t, noise = drawn(x_0, times, generator)
     dropped = torch.rand(len(x_0), generator=generator).to(x_0.device) < condition_dropout
     F = fake(noised(x_0, noise, t), t, condition.dropped(dropped))
@@ -125,12 +126,22 @@ def both_scores(networks: Networks) -> tuple[TrigFlowNetwork, TrigFlowNetwork]:
     """
     if networks.teacher is None:
         raise UserError("teacher=null: distribution matching has one; expected teacher=denoiser")
+    return networks.teacher, fake_score_of(networks)
+
+
+def fake_score_of(networks: Networks) -> TrigFlowNetwork:
+    """Return the fake score.
+
+    Raises:
+        UserError: without one.
+    """
     if networks.fake_score is None:
         raise UserError(
             "stages.<stage>.family.fake_score=null: distribution matching follows the student's "
-            "samples with one; expected fake_score=full_copy, lora or pretrained"
+            "samples with one; expected fake_score@stages.<stage>.family.fake_score=full_copy, "
+            "lora or pretrained, with + where the recipe has none"
         )
-    return networks.teacher, networks.fake_score
+    return networks.fake_score
 
 
 def critic(

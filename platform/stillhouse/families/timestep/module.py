@@ -19,7 +19,7 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.optimizers import taking_turns
-from stillhouse.families.sharding import is_sharded
+from stillhouse.families.sharding import is_sharded, reshard
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.families.timestep.turns import STUDENT, Turn, Turns
 from stillhouse.families.window_means import WindowMeans
@@ -46,14 +46,16 @@ class TimestepDistiller(Distiller):
         method: the loss; with phases, one by name for `student` and for each of them.
         optimizer: of the student, called with (what learns, how often it will).
         times: falling times of the few-step sampler by number of steps, which validation samples
-            with and the exported pipeline keeps; empty for a flow that is integrated instead.
+            with and the exported pipeline keeps; None leaves a number out; empty for a flow that
+            is integrated instead.
         guidance_scale: what the exported pipeline, and validation, tell the student by default.
         takes_tangents: whether the method takes forward-mode derivatives of the student; they are
             tried out before the first step.
         learnt_weighting: whether the loss is weighted by a learnt e^{-u(t)}.
         phases: besides the student's, of `turns`.
         fake_score: of `teachers.fake_scores`, called with (teacher); None for none.
-        discriminator: of `students.discriminators`, called with (teacher); None for none.
+        discriminator: of `students.discriminators`, called with (fake score), or with (teacher)
+            where there is no fake score; None for none.
 
     Attributes:
         samples: of the last validation, from the same noise every time, normalised as the data are.
@@ -74,7 +76,7 @@ class TimestepDistiller(Distiller):
         method: TimestepMethod | Mapping[str, TimestepMethod],
         optimizer: OptimizerBuilder,
         *,
-        times: Mapping[str, Sequence[float]],
+        times: Mapping[str, Sequence[float] | None],
         guidance_scale: float,
         takes_tangents: bool,
         learnt_weighting: bool,
@@ -97,6 +99,7 @@ class TimestepDistiller(Distiller):
                     "teacher; expected teacher=denoiser"
                 )
         super().__init__(student, teacher, methods[STUDENT], optimizer)
+        times = {steps: values for steps, values in times.items() if values is not None}
         for steps, values in times.items():
             key = f"stages.<stage>.family.times.{steps}"
             check_times(values, key=key)
@@ -107,7 +110,8 @@ class TimestepDistiller(Distiller):
         self.takes_tangents = takes_tangents
         self.log_variance = LogVariance() if learnt_weighting else None
         self.fake_score = fake_score(teacher) if fake_score else None
-        self.discriminator = discriminator(teacher) if discriminator else None
+        trunk = teacher if self.fake_score is None else self.fake_score
+        self.discriminator = discriminator(trunk) if discriminator else None
         self.methods = methods
         self.turns = Turns(phases)
         self._learnt = self._trained_by_phase()
@@ -146,6 +150,11 @@ class TimestepDistiller(Distiller):
         """Return how many steps of the optimiser so many updates of the student take."""
         return self.turns.steps(updates)
 
+    @property
+    def steps_a_cycle(self) -> int:
+        """Steps of the optimiser for an update of the student, when all phases have begun."""
+        return 1 + sum(turn.updates for turn in self.turns.others.values())
+
     def updates_at(self, step: int) -> int:
         """Return how many updates the student had before a step of the optimiser."""
         return self.turns.updates(STUDENT, step)
@@ -169,14 +178,20 @@ class TimestepDistiller(Distiller):
         assert isinstance(stream, BatchStream)
         generator = generator_for(stream.seed, batch_idx, self.global_rank)
         name, update = self.turns.at(self.global_step)
+        self._reshard()
         self.let_learn(name)
-        phase = Phase(update, self.updates_at(self.trainer.max_steps))
+        turn = self.turns.updates(name, self.global_step)
+        phase = Phase(update, self.updates_at(self.trainer.max_steps), turn)
         losses = self.methods[name](self.networks, batch, phase, generator)
         count = torch.tensor(len(batch.x_0), device=self.device)
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         self._window.add(losses, count)
         # Lightning divides by the length of the window; the global count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
+
+    def _reshard(self) -> None:
+        for network in self.learning():
+            reshard(network)
 
     def on_after_backward(self) -> None:
         """Let all learn again: checkpoints and averages keep of a student what learns."""
@@ -238,6 +253,7 @@ class TimestepDistiller(Distiller):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Sample as many as the batch has, alike every time, of its conditions."""
+        self._reshard()
         own = batch_idx % self.trainer.world_size == self.global_rank
         # A network that ranks have parts of is called by all of them.
         if own or is_sharded(self.student):

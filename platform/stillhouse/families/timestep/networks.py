@@ -39,10 +39,12 @@ class Phase:
     Attributes:
         update: how many updates the student has had.
         updates: how many it will have.
+        turn: how often the phase itself has been before; a critic's runs faster than `update`.
     """
 
     update: int
     updates: int
+    turn: int = 0
 
 
 TimestepMethod = Callable[[Networks, Any, Phase, Generator], LossTerms]

@@ -16,6 +16,7 @@ from torch import Generator
 
 from stillhouse.diffusion.guidance import GuidanceScale
 from stillhouse.diffusion.times import TimeSampler
+from stillhouse.errors import UserError
 from stillhouse.families.timestep.consistency import ConsistencyLoss
 from stillhouse.families.timestep.matching import GeneratorLoss
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -46,14 +47,22 @@ def student(
     Args:
         networks: student, teacher and fake score.
         batch: data.
-        phase: where training stands; no distribution is matched before `warmup_steps`.
+        phase: where training stands; beside consistency no distribution is matched before
+            `warmup_steps`.
         generator: of everything drawn, on the CPU.
         loss, times, guidance_scale, warmup_steps: as in `scm.scm`.
         consistency_weight: 1; 0 leaves distribution matching alone.
         rollout: of `rollouts`.
         matching: of `matching`, a loss of each sample.
         matching_weight: λ; 0 leaves consistency alone.
+
+    Raises:
+        UserError: for two weights of 0.
     """
+    if not consistency_weight and not matching_weight:
+        raise UserError(
+            "method.student: consistency_weight=0 and matching_weight=0 leave nothing to learn"
+        )
     total, terms = torch.zeros((), device=batch.x_0.device), {}
     if consistency_weight:
         consistent = scm(
@@ -68,7 +77,7 @@ def student(
         )
         total = total + consistency_weight * consistent.total
         terms |= consistent.terms
-    if matching_weight and phase.update >= warmup_steps:
+    if matching_weight and (not consistency_weight or phase.update >= warmup_steps):
         scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
         x_0 = samples(networks, batch, phase, generator, rollout, scale)
         matched = matching(networks, x_0, batch.condition, scale, generator).mean()

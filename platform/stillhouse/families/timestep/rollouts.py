@@ -1,8 +1,8 @@
 """Samples of a student as its sampler meets them: all steps but the last without a gradient.
 
-A rollout is called with (F, noise, update, generator) and returns x_0 [B, ...]. F is the student;
-`update` decides how many steps are taken, alike on all ranks. Between steps a sample is noised
-again, with fresh noise.
+A rollout is called with (F, noise, turn, generator) and returns x_0 [B, ...]. F is the student;
+`turn`, how often the phase has been before, decides how many steps are taken, alike on all ranks
+and for all seeds. Between steps a sample is noised again, with fresh noise.
 """
 
 import itertools
@@ -27,7 +27,7 @@ Rollout = Callable[[Velocity, Tensor, int, Generator], Tensor]
 def backward_simulation(
     F: Velocity,
     noise: Float[Tensor, "B ..."],
-    update: int,
+    turn: int,
     generator: Generator,
     *,
     times: Sequence[float],
@@ -35,11 +35,11 @@ def backward_simulation(
     """Return samples of the first k steps of a grid, k even over 1 .. N (DMD2).
 
     Args:
-        F, noise, update, generator: of a rollout.
+        F, noise, turn, generator: of a rollout.
         times: falling, the sampler's own; [π/2] is a generator of one step.
     """
     check_times(times, key="method.<phase>.rollout.times")
-    steps = int(torch.randint(len(times), (), generator=generator_for(update))) + 1
+    steps = int(torch.randint(len(times), (), generator=generator_for(turn))) + 1
     grid = [_all_at(noise, t) for t in times[:steps]]
     return _rolled(F, noise, grid, generator)
 
@@ -47,7 +47,7 @@ def backward_simulation(
 def falling(
     F: Velocity,
     noise: Float[Tensor, "B ..."],
-    update: int,
+    turn: int,
     generator: Generator,
     *,
     times: TimeSampler,
@@ -56,12 +56,12 @@ def falling(
     """Return samples of N steps at drawn times that fall from π/2, N in turn 1 .. most (rCM).
 
     Args:
-        F, noise, update, generator: of a rollout.
+        F, noise, turn, generator: of a rollout.
         times: of `diffusion.times`; a draw behind the time before it becomes that time.
         most_steps: the largest N; the paper draws N, its code takes it in turn.
     """
     grid = [_all_at(noise, math.pi / 2)]
-    for _ in range(update % most_steps):
+    for _ in range(turn % most_steps):
         drawn = times(len(noise), generator).to(noise.device)
         grid.append(torch.minimum(drawn, grid[-1]))
     return _rolled(F, noise, grid, generator)
@@ -90,7 +90,7 @@ def samples(
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         return networks.student(x_t, t, batch.condition, scale)
 
-    return rollout(velocity, noise.to(batch.x_0.device), phase.update, generator)
+    return rollout(velocity, noise.to(batch.x_0.device), phase.turn, generator)
 
 
 def _rolled(

@@ -60,7 +60,14 @@ def student(
         adversarial_weight: λ; 0 leaves consistency alone.
         adversarial_times: of `diffusion.times`, s.
         max_time_probability: p.
+
+    Raises:
+        UserError: for two weights of 0, without teacher or discriminator.
     """
+    if not consistency_weight and not adversarial_weight:
+        raise UserError(
+            "method.student: consistency_weight=0 and adversarial_weight=0 leave nothing to learn"
+        )
     total, terms = torch.zeros((), device=batch.x_0.device), {}
     if consistency_weight:
         consistent = scm(
@@ -103,7 +110,8 @@ def critic(
         networks, batch, phase, generator: as in `student`.
         times, guidance_scale, adversarial, adversarial_times, max_time_probability: as in
             `student`.
-        misaligned: whether real data under the next sample's condition are fake ones too.
+        misaligned: whether real data under the condition of the sample before are fake ones too,
+            where it is another one.
     """
     with torch.no_grad():
         x_0 = jumps(networks, batch, generator, times, guidance_scale, max_time_probability)
@@ -113,7 +121,11 @@ def critic(
     x_s = noised(batch.x_0, noise, s)
     real = judged(networks, x_s, s, batch.condition)
     if misaligned:
-        fake = torch.cat([fake, judged(networks, x_s, s, batch.condition.rolled())])
+        others = batch.condition.rolled()
+        wrong = batch.condition.differs(others)
+        if wrong.any():
+            where = wrong.nonzero().flatten()
+            fake = torch.cat([fake, judged(networks, x_s[where], s[where], others.picked(where))])
     return LossTerms(adversarial.discriminator(fake, real))
 
 
@@ -145,6 +157,7 @@ def judged(
     if networks.teacher is None or networks.discriminator is None:
         raise UserError(
             "stages.<stage>.family.discriminator=null: SANA-Sprint has heads on its teacher; "
-            "expected discriminator=heads, and a teacher"
+            "expected a teacher, and +discriminator@stages.<stage>.family.discriminator="
+            "convolutional_heads"
         )
     return networks.discriminator(networks.teacher, x_s, s, condition)
