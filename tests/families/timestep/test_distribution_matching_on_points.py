@@ -20,7 +20,7 @@ from stillhouse.diffusion.trigflow import denoised, noised
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.timestep import dmd2, swiftbrush
 from stillhouse.families.timestep.instaflow import one_step, squared_error
-from stillhouse.families.timestep.matching import drawn, of_scaled_noise, score_difference
+from stillhouse.families.timestep.matching import critic, drawn, of_scaled_noise, score_difference
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import backward_simulation
 from stillhouse.objectives.adversarial import non_saturating
@@ -225,7 +225,7 @@ def by_swiftbrush(
     losses = (
         partial(swiftbrush.student, matching=matching, **ONE_STEP),
         partial(
-            matching.critic,
+            critic,
             times=shifted_uniform,
             weighting=of_scaled_noise,
             condition_dropout=0.1,

@@ -17,6 +17,7 @@ from stillhouse.diffusion.solvers import few_step
 from stillhouse.diffusion.tangents import one_pass
 from stillhouse.diffusion.times import log_normal, shifted_uniform
 from stillhouse.evaluation.distances import sliced_wasserstein
+from stillhouse.families.timestep import matching as matched
 from stillhouse.families.timestep import rcm, sana_sprint
 from stillhouse.families.timestep.consistency import consistency
 from stillhouse.families.timestep.matching import score_difference
@@ -137,7 +138,7 @@ def by_rcm(
 
     def critic(network: nn.Module, phase: Phase, generator: Generator) -> LossTerms:
         of, batch = Networks(network, mixture, None, fake), data(mixture, BATCH, generator)
-        return matching.critic(of, batch, phase, generator, **common, times=times, weighting=even)
+        return matched.critic(of, batch, phase, generator, **common, times=times, weighting=even)
 
     updates = 2 if weights[1] else 0
     return in_turns(start, fake, student, critic, updates=updates, rate=2e-3)(seed)
