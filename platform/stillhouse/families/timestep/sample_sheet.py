@@ -39,15 +39,14 @@ class SampleSheet(pl.Callback):
         """Go on with what `state_dict` returned."""
         self._drawn = dict(state_dict["drawn"])
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Take the samples, and hand them to W&B."""
         assert isinstance(pl_module, TimestepDistiller)
         if not trainer.is_global_zero:
             return
         samples = pl_module.samples
         some = samples if samples.ndim == 2 else samples[: self.count]
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._drawn[trainer.global_step] = datamodule.restored(some)
+        self._drawn[trainer.global_step] = trainer.datamodule.restored(some)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 newest = {trainer.global_step: self._drawn[trainer.global_step]}
