@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from stillhouse.diffusion import paths
@@ -13,11 +14,20 @@ from stillhouse.diffusion.trigflow import TrigFlowView, denoised, noised
 from stillhouse.errors import UserError
 from stillhouse.records.diffusion import Condition
 
+def stable_diffusion() -> Tensor:
+    """Return ᾱ of its 1,000 levels, by diffusers."""
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+    )
+    return scheduler.alphas_cumprod
+
+
 PATHS = {
     "trigflow": TRIGFLOW,
     "rectified flow": RECTIFIED_FLOW,
     "variance preserving": paths.variance_preserving(),
     "variance exploding": paths.variance_exploding(),
+    "numbered": paths.numbered(stable_diffusion()),
 }
 PREDICTIONS = [paths.sample, paths.epsilon, paths.v, paths.flow, paths.edm]
 
@@ -67,6 +77,24 @@ def test_flow_is_the_velocity_at_fixed_ends() -> None:
         )[1]
         a, b = (along(c, x_0) for c in paths.flow(path, t))
         torch.testing.assert_close(a * x_0 + b * noise, velocity)
+
+
+def test_numbered_levels_are_the_schedulers() -> None:
+    known = stable_diffusion().double()
+    path, t = PATHS["numbered"], torch.arange(1000, dtype=torch.double)
+    assert path.last == 999
+    torch.testing.assert_close(path.alpha(t).square(), known)
+    torch.testing.assert_close(path.sigma(t).square(), 1 - known)
+    torch.testing.assert_close(path.time_of_angle(path.angle(t)), t)
+    # One step before the first are clean data.
+    clean = torch.zeros(1, dtype=torch.double)
+    assert path.time_of_angle(clean) == -1 and path.alpha(clean - 1) == 1
+
+
+@pytest.mark.parametrize("levels", [[0.9, 0.5, 0.0], [0.9, 0.95], [1.0, 0.5]])
+def test_levels_that_do_not_fall_are_refused(levels: list[float]) -> None:
+    with pytest.raises(UserError, match="expected falling numbers between 0 and 1"):
+        paths.numbered(torch.tensor(levels))
 
 
 def test_edm_is_its_preconditioning() -> None:

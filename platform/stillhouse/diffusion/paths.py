@@ -8,6 +8,7 @@ to σ_d = 0.5 draw noise from N(0, σ_d² I): their x is σ_d times the x here, 
 | TRIGFLOW | cos t | sin t | 0 to π/2 | 2410.11081, Sec. 3 |
 | RECTIFIED_FLOW | 1 - t | t | 0 to 1 | 2209.03003 |
 | variance_preserving() | exp(-B(t)/2), B = ∫β | √(1 - α²) | 0 to 1 | 2011.13456, Sec. 3.4 |
+| numbered() | √ᾱ(t) | √(1 - ᾱ) | 0 to T - 1 | 2006.11239, Sec. 2 |
 | variance_exploding() | 1 | t | 0 to σ_max | 2206.00364 |
 
 A network predicts a x_0 + b ε:
@@ -147,6 +148,55 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
         sigma_dot=lambda t: alpha(t).square() * rate(t) / (2 * sigma(t)),
         time_of_angle=time_of_angle,
         last=1.0,
+    )
+
+
+def numbered(alphas_cumprod: Float[Tensor, "T"]) -> Path:
+    """Return the path of T levels of noise that DDPM and Stable Diffusion count from 0.
+
+    Between two levels log ᾱ is linear in t; clean data are one step before the first, at t = -1.
+
+    Args:
+        alphas_cumprod: ᾱ of each level, falling, between 0 and 1.
+
+    Raises:
+        UserError: for others; ᾱ = 0 is noise without data, of which no x_0 can be told.
+    """
+    first = torch.ones(1, dtype=torch.double)
+    knots = torch.cat([first, alphas_cumprod.detach().double().cpu()]).log()
+    if not (knots.isfinite().all() and (knots.diff() < 0).all()):
+        raise UserError(
+            f"alphas_cumprod: from {float(alphas_cumprod[0]):.4g} to "
+            f"{float(alphas_cumprod[-1]):.4g}; expected falling numbers between 0 and 1"
+        )
+
+    def log_alphas(t: Times) -> tuple[Times, Times]:
+        """Return log ᾱ and its slope."""
+        table = knots.to(t.device)
+        place = (t.detach().floor().long() + 1).clamp(0, len(knots) - 2)
+        slope = table[place + 1] - table[place]
+        return table[place] + (t + 1 - place) * slope, slope
+
+    def alpha(t: Times) -> Times:
+        return torch.exp(log_alphas(t)[0] / 2)
+
+    def sigma(t: Times) -> Times:
+        return torch.sqrt(-torch.expm1(log_alphas(t)[0]))
+
+    def time_of_angle(angle: Times) -> Times:
+        # log ᾱ = 2 log cos(angle), with the digits of small angles.
+        wanted, table = torch.log1p(-angle.sin().square()), knots.to(angle.device)
+        behind = torch.searchsorted(-table, -wanted.detach().contiguous())
+        place = (behind - 1).clamp(0, len(knots) - 2)
+        return place - 1 + (wanted - table[place]) / (table[place + 1] - table[place])
+
+    return Path(
+        alpha=alpha,
+        sigma=sigma,
+        alpha_dot=lambda t: alpha(t) * log_alphas(t)[1] / 2,
+        sigma_dot=lambda t: -alpha(t).square() * log_alphas(t)[1] / (2 * sigma(t)),
+        time_of_angle=time_of_angle,
+        last=len(knots) - 2.0,
     )
 
 
