@@ -52,20 +52,23 @@ def turns() -> dict[str, Any]:
     drawn = partial_of(f"{diffusion}.times.log_normal")
     weighting = "stillhouse.objectives.distribution_matching.by_teacher_error"
     rollout = partial_of(f"{family}.rollouts.falling", times=drawn, most_steps=3)
-    student = method() | {
-        "_target_": f"{family}.rcm.student",
-        "consistency_weight": 1.0,
-        "rollout": rollout,
-        "matching": partial_of(
+    consistency = method() | {"warmup_steps": 5}
+    student = partial_of(
+        f"{family}.rcm.student",
+        consistency=consistency,
+        consistency_weight=1.0,
+        rollout=rollout,
+        guidance_scale=consistency["guidance_scale"],
+        matching=partial_of(
             f"{family}.matching.score_difference", times=drawn, weighting=partial_of(weighting)
         ),
-        "matching_weight": 0.5,
-        "warmup_steps": 5,
-    }
+        matching_weight=0.5,
+        matching_from=5,
+    )
     critic = partial_of(
         f"{family}.matching.critic",
         rollout=rollout,
-        guidance_scale=student["guidance_scale"],
+        guidance_scale=consistency["guidance_scale"],
         times=drawn,
         weighting=partial_of("stillhouse.objectives.consistency.even"),
     )

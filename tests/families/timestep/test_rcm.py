@@ -31,12 +31,13 @@ TEACHER = GaussianMixture([[1.0, 0.0], [-1.0, 0.5]], [0.3, 0.6]).requires_grad_(
 FAKE = GaussianMixture([[0.4, 0.2], [-0.8, 0.1]], [0.5, 0.4]).requires_grad_(False)
 LOSS = partial(consistency, tangent=functional, form=scm_tangent, weighting=even)
 MATCHING = partial(score_difference, times=log_normal, weighting=by_teacher_error)
-CONSISTENT = {
-    "loss": LOSS,
-    "times": partial(log_normal, mean=-0.8),
-    "guidance_scale": partial(fixed, scale=2.0),
-    "warmup_steps": 0,
-}
+SCM = partial(
+    scm,
+    loss=LOSS,
+    times=partial(log_normal, mean=-0.8),
+    guidance_scale=partial(fixed, scale=2.0),
+    warmup_steps=0,
+)
 MATCHED = {
     "guidance_scale": partial(fixed, scale=2.0),
     "rollout": partial(falling, times=log_normal, most_steps=3),
@@ -55,8 +56,13 @@ def networks(student: Any) -> Networks:
 
 
 def of_both(consistency_weight: float = 1.0, matching_weight: float = 0.3, **changes: Any) -> Loss:
-    weights = {"consistency_weight": consistency_weight, "matching_weight": matching_weight}
-    return partial(rcm.student, **(CONSISTENT | MATCHED | weights | changes))
+    options = {
+        "consistency": SCM,
+        "consistency_weight": consistency_weight,
+        "matching_weight": matching_weight,
+        "matching_from": 0,
+    }
+    return partial(rcm.student, **(MATCHED | options | changes))
 
 
 def weights_behind(loss: Loss, steps: int = 6) -> list[list[Tensor]]:
@@ -80,14 +86,13 @@ def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 def test_without_matching_it_is_scm() -> None:
     """Step by step, bit for bit; and with the first weight doubled, twice that loss."""
-    alone = partial(scm, **CONSISTENT)
-    expected = weights_behind(alone)
+    expected = weights_behind(SCM)
     assert same(weights_behind(of_both(matching_weight=0.0)), expected)
     assert not same(weights_behind(of_both()), expected)
     student = PointMap(classes=2)
     twice, once = (
         loss(networks(student), batch(), Phase(0, 1), Generator().manual_seed(2)).total
-        for loss in (of_both(2.0, matching_weight=0.0), alone)
+        for loss in (of_both(2.0, matching_weight=0.0), SCM)
     )
     assert torch.equal(twice, 2 * once)
 
@@ -97,15 +102,13 @@ def test_its_own_tangent_is_scms_once_that_is_warm(form: TangentForm) -> None:
     """From update 4 on, r = 1; before, rCM's code pulls otherwise."""
     student, own = PointMap(classes=2), partial(LOSS, form=form)
     for update, equal in ((1, form is scm_tangent), (4, True), (9, True)):
-        ours = of_both(matching_weight=0.0, loss=own, warmup_steps=4)
-        theirs = partial(scm, **(CONSISTENT | {"warmup_steps": 4}))
         norms = [
             float(
                 loss(networks(student), batch(), Phase(update, 10), Generator().manual_seed(2))
                 .terms["tangent_norm"]
                 .detach()
             )
-            for loss in (ours, theirs)
+            for loss in (partial(SCM, loss=own, warmup_steps=4), partial(SCM, warmup_steps=4))
         ]
         assert (norms[0] == pytest.approx(norms[1], rel=1e-5)) is equal
 
@@ -128,7 +131,7 @@ def test_both_terms_are_added() -> None:
     generator = Generator().manual_seed(2)
     parts = [
         loss(networks(student), batch(), update, generator).total
-        for loss in (partial(scm, **CONSISTENT), of_both(0.0, 0.01))
+        for loss in (SCM, of_both(0.0, 0.01))
     ]
     whole = of_both(1.0, 0.01)(networks(student), batch(), update, Generator().manual_seed(2))
     torch.testing.assert_close(whole.total, parts[0] + parts[1])
@@ -182,13 +185,13 @@ def test_the_gradient_of_a_sample_is_the_papers() -> None:
 def test_no_distribution_is_matched_before_the_tangent_is_warm() -> None:
     """The fake score, which has not begun then, is not asked; from then on it is."""
     student, fake = PointMap(classes=2), Noted(FAKE)
-    of = Networks(student, TEACHER, None, fake)
+    of, alone = Networks(student, TEACHER, None, fake), partial(SCM, warmup_steps=4)
+    loss = of_both(consistency=alone, matching_from=4)
     for update in range(6):
-        found = of_both(warmup_steps=4)(of, batch(), Phase(update, 9), Generator().manual_seed(2))
+        found = loss(of, batch(), Phase(update, 9), Generator().manual_seed(2))
         assert ("matching" in found.terms) is (update >= 4)
         assert len(fake.asked) == max(0, update - 3)
         if update < 4:
-            alone = partial(scm, **(CONSISTENT | {"warmup_steps": 4}))
             expected = alone(of, batch(), Phase(update, 9), Generator().manual_seed(2))
             assert torch.equal(found.total, expected.total)
 

@@ -23,6 +23,7 @@ from stillhouse.families.timestep.consistency import consistency
 from stillhouse.families.timestep.matching import score_difference
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import falling
+from stillhouse.families.timestep.scm import scm
 from stillhouse.objectives.adversarial import hinge
 from stillhouse.objectives.consistency import even, scm_tangent
 from stillhouse.objectives.distribution_matching import by_teacher_error
@@ -33,11 +34,12 @@ from stillhouse.students.discriminators import Discriminator, mlp_head
 
 SEEDS = (0, 1)
 STEPS, BATCH, DEVIATION = 500, 128, 0.1
-CONSISTENT = {
-    "loss": partial(consistency, tangent=one_pass, form=scm_tangent, weighting=even),
-    "guidance_scale": fixed,
-    "warmup_steps": 0,
-}
+SCM = partial(
+    scm,
+    loss=partial(consistency, tangent=one_pass, form=scm_tangent, weighting=even),
+    guidance_scale=fixed,
+    warmup_steps=0,
+)
 # Called with (student, where training stands, draws).
 Loss = Callable[[nn.Module, Phase, Generator], LossTerms]
 
@@ -129,11 +131,12 @@ def by_rcm(
             data(mixture, BATCH, generator),
             phase,
             generator,
-            **(CONSISTENT | common),
-            times=times,
+            **common,
+            consistency=partial(SCM, times=times),
             consistency_weight=weights[0],
             matching=matching,
             matching_weight=weights[1],
+            matching_from=0,
         )
 
     def critic(network: nn.Module, phase: Phase, generator: Generator) -> LossTerms:
@@ -192,7 +195,8 @@ def by_sana_sprint(
             data(mixture, BATCH, generator),
             phase,
             generator,
-            **(CONSISTENT | common),
+            **common,
+            consistency=partial(SCM, times=common["times"]),
             consistency_weight=weights[0],
             adversarial_weight=weights[1],
         )

@@ -27,16 +27,17 @@ from stillhouse.records.diffusion import Condition, ImageBatch
 from stillhouse.records.losses import LossTerms
 from stillhouse.students.discriminators import mlp_head, on_features
 
-LOSS = partial(consistency, tangent=functional, form=scm_tangent, weighting=even)
-CONSISTENT = {
-    "loss": LOSS,
-    "times": partial(log_normal, mean=0.7),
-    "guidance_scale": partial(one_of, scales=[1.0, 2.0, 3.0]),
-    "warmup_steps": 0,
-}
+TIMES, SCALES = partial(log_normal, mean=0.7), partial(one_of, scales=[1.0, 2.0, 3.0])
+SCM = partial(
+    scm,
+    loss=partial(consistency, tangent=functional, form=scm_tangent, weighting=even),
+    times=TIMES,
+    guidance_scale=SCALES,
+    warmup_steps=0,
+)
 JUDGED = {
-    "times": CONSISTENT["times"],
-    "guidance_scale": CONSISTENT["guidance_scale"],
+    "times": TIMES,
+    "guidance_scale": SCALES,
     "adversarial": hinge(),
     "adversarial_times": partial(log_normal, mean=0.1, std=1.0),
     "max_time_probability": 0.5,
@@ -64,8 +65,12 @@ def networks(student: Any = None, discriminator: Any = None) -> Networks:
 
 
 def of_both(consistency_weight: float = 1.0, adversarial_weight: float = 0.5, **changes) -> Loss:
-    weights = {"consistency_weight": consistency_weight, "adversarial_weight": adversarial_weight}
-    return partial(sana_sprint.student, **(CONSISTENT | JUDGED | weights | changes))
+    options = {
+        "consistency": SCM,
+        "consistency_weight": consistency_weight,
+        "adversarial_weight": adversarial_weight,
+    }
+    return partial(sana_sprint.student, **(JUDGED | options | changes))
 
 
 def of_heads(**changes: Any) -> Loss:
@@ -91,7 +96,7 @@ def weights_behind(loss: Loss, steps: int = 6) -> list[Tensor]:
 
 def test_without_an_adversary_it_is_scm() -> None:
     """Step by step, bit for bit."""
-    expected = weights_behind(partial(scm, **CONSISTENT))
+    expected = weights_behind(SCM)
     found = weights_behind(of_both(adversarial_weight=0.0))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(weights_behind(of_both())[-1], expected[-1])
@@ -104,10 +109,10 @@ def test_without_consistency_heads_alone_teach() -> None:
         raise AssertionError
 
     of = networks()
-    found = asked(of_both(0.0, 0.5, loss=untouched), of)
+    found = asked(of_both(0.0, 0.5, consistency=untouched), of)
     assert set(found.terms) == {"fooling"}
     generator = seeded(2)
-    x_0 = sana_sprint.jumps(of, batch(), generator, JUDGED["times"], JUDGED["guidance_scale"], 0.5)
+    x_0 = sana_sprint.jumps(of, batch(), generator, TIMES, SCALES, 0.5)
     s = JUDGED["adversarial_times"](16, generator)
     noise = torch.randn(16, 2, generator=generator)
     assert of.discriminator is not None
@@ -117,10 +122,7 @@ def test_without_consistency_heads_alone_teach() -> None:
 
 def test_both_terms_are_added() -> None:
     of, generator = networks(), seeded(2)
-    parts = [
-        loss(of, batch(), Phase(0, 1), generator).total
-        for loss in (partial(scm, **CONSISTENT), of_both(0.0, 0.5))
-    ]
+    parts = [loss(of, batch(), Phase(0, 1), generator).total for loss in (SCM, of_both(0.0, 0.5))]
     whole = asked(of_both(2.0, 0.5), of)
     torch.testing.assert_close(whole.total, 2 * parts[0] + parts[1])
     assert set(whole.terms) == {"tangent_norm", "nan_share", "fooling"}
@@ -143,8 +145,7 @@ def jumped(probability: float, count: int = 400) -> tuple[Tensor, ...]:
     """Return the jumps of some data, and what the student was asked for: x_t, t, scales."""
     student, given = Noted(point_generator(2)), batch(count)
     of = networks(student)
-    times, scales = JUDGED["times"], JUDGED["guidance_scale"]
-    x_0 = sana_sprint.jumps(of, given, seeded(3), times, scales, probability)
+    x_0 = sana_sprint.jumps(of, given, seeded(3), TIMES, SCALES, probability)
     ((x_t, t, condition, told),) = student.asked
     assert condition is given.condition
     expected = denoised(x_t, point_generator(2)(x_t, t, given.condition, told), t)
@@ -154,7 +155,7 @@ def jumped(probability: float, count: int = 400) -> tuple[Tensor, ...]:
 
 def test_jumps_begin_at_pure_noise_with_their_probability() -> None:
     """0: at none, as they are drawn; 1: at all; 0.5: at every other, and where drawn otherwise."""
-    drawn = JUDGED["times"](400, seeded(3))
+    drawn = TIMES(400, seeded(3))
     last = torch.full((400,), math.pi / 2, dtype=torch.double)
     assert torch.equal(jumped(0.0)[1], drawn)
     x_t, t, _ = jumped(1.0)
@@ -187,7 +188,7 @@ def test_what_fools_reaches_the_student_through_the_frozen_teacher() -> None:
     assert max(float(g.abs().max()) for g in gradients) > 1e-4
     last = partial(fixed, scale=math.pi / 2)
     student.zero_grad()
-    asked(of_both(1.0, 0.0, times=last), of).total.backward()
+    asked(of_both(1.0, 0.0, consistency=partial(SCM, times=last)), of).total.backward()
     assert max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None) < 1e-6
 
 

@@ -15,13 +15,10 @@ import torch
 from torch import Generator
 
 from stillhouse.diffusion.guidance import GuidanceScale
-from stillhouse.diffusion.times import TimeSampler
 from stillhouse.errors import UserError
-from stillhouse.families.timestep.consistency import ConsistencyLoss
 from stillhouse.families.timestep.matching import GeneratorLoss
-from stillhouse.families.timestep.networks import Networks, Phase
+from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.families.timestep.rollouts import Rollout, samples
-from stillhouse.families.timestep.scm import scm
 from stillhouse.ranges import CountFrom0, Weight
 from stillhouse.records.diffusion import ImageBatch
 from stillhouse.records.losses import LossTerms
@@ -33,28 +30,28 @@ def student(
     phase: Phase,
     generator: Generator,
     *,
-    loss: ConsistencyLoss,
-    times: TimeSampler,
-    guidance_scale: GuidanceScale,
-    warmup_steps: CountFrom0,
+    consistency: TimestepMethod,
     consistency_weight: Weight,
     rollout: Rollout,
+    guidance_scale: GuidanceScale,
     matching: GeneratorLoss,
     matching_weight: Weight,
+    matching_from: CountFrom0,
 ) -> LossTerms:
     """Return the student's loss, a mean over the samples.
 
     Args:
         networks: student, teacher and fake score.
         batch: data.
-        phase: where training stands; beside consistency no distribution is matched before
-            `warmup_steps`.
+        phase: where training stands.
         generator: of everything drawn, on the CPU.
-        loss, times, guidance_scale, warmup_steps: as in `scm.scm`.
+        consistency: L_sCM, `scm.scm`, partial.
         consistency_weight: 1; 0 leaves distribution matching alone.
         rollout: of `rollouts`.
+        guidance_scale: of `diffusion.guidance`, of the teacher that is matched.
         matching: of `matching`, a loss of each sample.
         matching_weight: λ; 0 leaves consistency alone.
+        matching_from: updates of consistency alone, its warm-up; not waited for without it.
 
     Raises:
         UserError: for two weights of 0.
@@ -65,19 +62,10 @@ def student(
         )
     total, terms = torch.zeros((), device=batch.x_0.device), {}
     if consistency_weight:
-        consistent = scm(
-            networks,
-            batch,
-            phase,
-            generator,
-            loss=loss,
-            times=times,
-            guidance_scale=guidance_scale,
-            warmup_steps=warmup_steps,
-        )
+        consistent = consistency(networks, batch, phase, generator)
         total = total + consistency_weight * consistent.total
         terms |= consistent.terms
-    if matching_weight and (not consistency_weight or phase.update >= warmup_steps):
+    if matching_weight and (not consistency_weight or phase.update >= matching_from):
         scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)
         x_0 = samples(networks, batch, phase, generator, rollout, scale)
         matched = matching(networks, x_0, batch.condition, scale, generator).mean()

@@ -21,12 +21,10 @@ from stillhouse.diffusion.guidance import GuidanceScale
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised
 from stillhouse.errors import UserError
-from stillhouse.families.timestep.consistency import ConsistencyLoss
 from stillhouse.families.timestep.matching import drawn
-from stillhouse.families.timestep.networks import Networks, Phase
-from stillhouse.families.timestep.scm import scm
+from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.objectives.adversarial import Adversarial
-from stillhouse.ranges import CountFrom0, Share, Weight
+from stillhouse.ranges import Share, Weight
 from stillhouse.records.diffusion import Condition, ImageBatch
 from stillhouse.records.losses import LossTerms
 
@@ -37,11 +35,10 @@ def student(
     phase: Phase,
     generator: Generator,
     *,
-    loss: ConsistencyLoss,
+    consistency: TimestepMethod,
+    consistency_weight: Weight,
     times: TimeSampler,
     guidance_scale: GuidanceScale,
-    warmup_steps: CountFrom0,
-    consistency_weight: Weight,
     adversarial: Adversarial,
     adversarial_weight: Weight,
     adversarial_times: TimeSampler,
@@ -54,8 +51,10 @@ def student(
         batch: data.
         phase: where training stands.
         generator: of everything drawn, on the CPU.
-        loss, times, guidance_scale, warmup_steps: as in `scm.scm`.
+        consistency: L_sCM, `scm.scm`, partial.
         consistency_weight: 1; 0 leaves the adversary alone.
+        times: of `diffusion.times`, t' that are drawn.
+        guidance_scale: of `diffusion.guidance`, what the student is told.
         adversarial: of `objectives.adversarial`.
         adversarial_weight: λ; 0 leaves consistency alone.
         adversarial_times: of `diffusion.times`, s.
@@ -70,16 +69,7 @@ def student(
         )
     total, terms = torch.zeros((), device=batch.x_0.device), {}
     if consistency_weight:
-        consistent = scm(
-            networks,
-            batch,
-            phase,
-            generator,
-            loss=loss,
-            times=times,
-            guidance_scale=guidance_scale,
-            warmup_steps=warmup_steps,
-        )
+        consistent = consistency(networks, batch, phase, generator)
         total = total + consistency_weight * consistent.total
         terms |= consistent.terms
     if adversarial_weight:
