@@ -1,4 +1,4 @@
-"""Distribution matching: what is injected, its weightings, and the forms that are one gradient."""
+"""Distribution matching: the surrogate loss, weightings, and the forms that are one gradient."""
 
 from functools import partial
 
@@ -12,10 +12,10 @@ from stillhouse.diffusion.trigflow import denoised
 from stillhouse.objectives.distribution_matching import (
     Weighting,
     by_teacher_error,
-    injected,
     matching_gradient,
     of_variance,
     plain,
+    surrogate_loss,
 )
 from stillhouse.records.diffusion import Condition
 
@@ -89,12 +89,12 @@ def test_it_is_the_mean_over_a_samples_coordinates() -> None:
     assert weight.item() == pytest.approx(1 / 3)
 
 
-def test_the_gradient_is_what_is_injected_and_the_value_is_not_read() -> None:
+def test_a_surrogate_has_the_given_gradient_whatever_its_value() -> None:
     """dL/dx_0 = g / D wherever x_0 lies and whatever the value |g|² / 2D is; none beyond x_0."""
     g = torch.randn(5, 3, 2, dtype=torch.double, requires_grad=True)
     for shift in (0.0, 100.0):
         x_0 = (torch.randn(5, 3, 2, dtype=torch.double) + shift).requires_grad_()
-        loss = injected(x_0, g)
+        loss = surrogate_loss(x_0, g)
         torch.testing.assert_close(loss, g.square().flatten(1).sum(1) / 12)
         gradient, none = torch.autograd.grad(loss.sum(), [x_0, g], allow_unused=True)
         torch.testing.assert_close(gradient, g.detach() / 6)

@@ -7,8 +7,9 @@ x_0 is the difference of their scores; with f the denoisers, f_fake of what the 
 
     g = w (f_fake - f_teacher)          L = mean_D (x_0 - (x_0 - g))² / 2,   dL/dx_0 = g / D
 
-g without a gradient. Scores are s = (cos t f - x_t) / sin² t, noise predictions ε = (x_t - cos t f)
-/ sin t: descent by g, by s_fake - s_teacher and by ε_teacher - ε_fake move a sample alike.
+g without a gradient: L is a surrogate, whose value means nothing. Scores are
+s = (cos t f - x_t) / sin² t, noise predictions ε = (x_t - cos t f) / sin t: descent by g, by
+s_fake - s_teacher and by ε_teacher - ε_fake move a sample alike.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def matching_gradient(
     return (weights * (f_fake - f_teacher)).nan_to_num(0, 0, 0)
 
 
-def injected(x_0: Float[Tensor, "B ..."], g: Float[Tensor, "B ..."]) -> Float[Tensor, "B"]:
+def surrogate_loss(x_0: Float[Tensor, "B ..."], g: Float[Tensor, "B ..."]) -> Float[Tensor, "B"]:
     """Return a loss of each sample whose gradient is g / D; its value is |g|² / 2D."""
     target = (x_0 - g).detach()
     return (x_0 - target).square().flatten(1).mean(1) / 2

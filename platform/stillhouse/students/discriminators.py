@@ -149,7 +149,7 @@ def _block(width: int, kernel: int, virtual_batch: int) -> nn.Module:
 
 
 class _VirtualBatchNorm(nn.Module):
-    """Normalise over some samples at a time: what a sample is told depends on few others."""
+    """Normalise over some samples at a time: a sample's logits depend on few others."""
 
     def __init__(self, width: int, virtual_batch: int) -> None:
         super().__init__()

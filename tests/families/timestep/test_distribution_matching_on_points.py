@@ -27,9 +27,9 @@ from stillhouse.objectives.adversarial import non_saturating
 from stillhouse.objectives.consistency import even
 from stillhouse.objectives.distribution_matching import (
     by_teacher_error,
-    injected,
     matching_gradient,
     of_variance,
+    surrogate_loss,
 )
 from stillhouse.pretraining.denoising import denoising, of_flow
 from stillhouse.records.diffusion import Condition, ImageBatch, PairBatch
@@ -212,7 +212,7 @@ def score_distillation(
         x_t = noised(x_0, fresh, t)
         f = denoised(x_t, guided(of.teacher, x_t, t, condition, scale), t)
         g = matching_gradient(x_0, x_0, f, t, of_variance)
-    return injected(x_0, g)
+    return surrogate_loss(x_0, g)
 
 
 def by_swiftbrush(

@@ -142,7 +142,7 @@ def test_a_frozen_fake_score_passes_the_discriminators_gradient_on() -> None:
 @pytest.mark.parametrize(
     ("loss", "name", "terms"),
     [
-        (student_loss, "student", ("matching", "fooling")),
+        (student_loss, "student", ("matching", "adversarial")),
         (critic_loss, "fake_score", ("fake_score", "discriminator")),
     ],
 )
@@ -203,11 +203,11 @@ def test_a_discriminator_is_asked_of_noised_samples_and_noised_data() -> None:
     assert wrong > 40
     # The student is to look real.
     asked.clear()
-    fooling = student_loss(of, data, **near).terms["fooling"]
-    torch.testing.assert_close(fooling, nn.functional.softplus(-asked[0][1].mean(1)).mean())
+    found = student_loss(of, data, **near).terms["adversarial"]
+    torch.testing.assert_close(found, nn.functional.softplus(-asked[0][1].mean(1)).mean())
 
 
-def test_the_teacher_is_guided_and_the_student_told() -> None:
+def test_the_teacher_is_guided_and_the_student_conditioned_on_the_scale() -> None:
     """Two rows a sample of the teacher, one of the fake score; the scale is the student's input."""
     rows: dict[str, list[int]] = {"teacher": [], "fake": [], "student": []}
     scales: list[Tensor] = []

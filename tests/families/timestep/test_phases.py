@@ -101,11 +101,11 @@ def test_halves_of_a_window_are_a_whole_batch_in_every_phase(tmp_path) -> None:
 
 
 def test_a_method_is_told_the_cycle_and_a_phase_logs_by_its_name(tmp_path) -> None:
-    told: list[tuple[str, Phase]] = []
+    called: list[tuple[str, Phase]] = []
 
     def noted(name: str) -> Any:
         def method(networks: Any, batch: Any, phase: Phase, generator: Any) -> LossTerms:
-            told.append((name, phase))
+            called.append((name, phase))
             return everything(networks, batch, phase, generator)
 
         return method
@@ -115,7 +115,7 @@ def test_a_method_is_told_the_cycle_and_a_phase_logs_by_its_name(tmp_path) -> No
     cycles, turns = [0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 3, 0]
     phases = [Phase(cycle, 2, turn) for cycle, turn in zip(cycles, turns, strict=True)]
     each = list(zip(CYCLES, phases, strict=True))
-    assert told == [one for one in each for _ in range(2)]
+    assert called == [one for one in each for _ in range(2)]
     names = {
         f"train_{phase}{term}" for phase in ("", "critic_", "judge_") for term in ("loss", "size")
     }

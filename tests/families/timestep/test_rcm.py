@@ -220,7 +220,7 @@ def test_the_critics_loss_is_the_error_of_its_denoiser_over_the_noise() -> None:
 
 
 def test_the_critic_teaches_the_fake_score_alone_on_rollouts_that_fall() -> None:
-    """1, 2, 3 and again 1 steps of the student from pure noise, who is told the scale."""
+    """1, 2, 3 and again 1 steps of the student from pure noise."""
     torch.manual_seed(0)
     student, fake = Noted(PointMap(classes=2)), PointMap(classes=2)
     teacher = copy.deepcopy(fake)

@@ -216,8 +216,8 @@ def test_heads_bring_one_step_nearer_than_consistency_alone() -> None:
 
     Found, of the teacher, sCM, both, both without jumps from pure noise, and heads alone: 0.897,
     0.145, 0.132, 0.147 and 0.158; the poorest mode has 0.92 of its share with both and 0.78 with
-    heads alone. Heads serve the one step that they judge: in two steps, over three seeds, both is
-    at 0.177, and sCM at 0.167.
+    heads alone. Heads serve the one step whose samples they see: in two steps, over three seeds,
+    both is at 0.177, and sCM at 0.167.
     """
     mean = measured(
         8,

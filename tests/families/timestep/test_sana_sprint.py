@@ -1,4 +1,4 @@
-"""SANA-Sprint: consistency and its adversary, each alone and together; whom the heads judge."""
+"""SANA-Sprint: consistency and its adversary, each alone and together; what the heads see."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ SCM = partial(
     guidance_scale=SCALES,
     warmup_steps=0,
 )
-JUDGED = {
+ADVERSARIAL = {
     "times": TIMES,
     "guidance_scale": SCALES,
     "adversarial": hinge(),
@@ -70,11 +70,11 @@ def of_both(consistency_weight: float = 1.0, adversarial_weight: float = 0.5, **
         "consistency_weight": consistency_weight,
         "adversarial_weight": adversarial_weight,
     }
-    return partial(sana_sprint.student, **(JUDGED | options | changes))
+    return partial(sana_sprint.student, **(ADVERSARIAL | options | changes))
 
 
 def of_heads(**changes: Any) -> Loss:
-    return partial(sana_sprint.critic, **(JUDGED | {"misaligned": False} | changes))
+    return partial(sana_sprint.critic, **(ADVERSARIAL | {"misaligned": False} | changes))
 
 
 def asked(loss: Loss, of: Networks, seed: int = 2, given: ImageBatch | None = None) -> LossTerms:
@@ -110,10 +110,10 @@ def test_without_consistency_heads_alone_teach() -> None:
 
     of = networks()
     found = asked(of_both(0.0, 0.5, consistency=untouched), of)
-    assert set(found.terms) == {"fooling"}
+    assert set(found.terms) == {"adversarial"}
     generator = seeded(2)
     x_0 = sana_sprint.jumps(of, batch(), generator, TIMES, SCALES, 0.5)
-    s = JUDGED["adversarial_times"](16, generator)
+    s = ADVERSARIAL["adversarial_times"](16, generator)
     noise = torch.randn(16, 2, generator=generator)
     assert of.discriminator is not None
     logits = of.discriminator(of.teacher, noised(x_0, noise, s), s, batch().condition)
@@ -125,7 +125,7 @@ def test_both_terms_are_added() -> None:
     parts = [loss(of, batch(), Phase(0, 1), generator).total for loss in (SCM, of_both(0.0, 0.5))]
     whole = asked(of_both(2.0, 0.5), of)
     torch.testing.assert_close(whole.total, 2 * parts[0] + parts[1])
-    assert set(whole.terms) == {"tangent_norm", "nan_share", "fooling"}
+    assert set(whole.terms) == {"tangent_norm", "nan_share", "adversarial"}
 
 
 class Noted(nn.Module):
@@ -146,11 +146,11 @@ def jumped(probability: float, count: int = 400) -> tuple[Tensor, ...]:
     student, given = Noted(point_generator(2)), batch(count)
     of = networks(student)
     x_0 = sana_sprint.jumps(of, given, seeded(3), TIMES, SCALES, probability)
-    ((x_t, t, condition, told),) = student.asked
+    ((x_t, t, condition, scale),) = student.asked
     assert condition is given.condition
-    expected = denoised(x_t, point_generator(2)(x_t, t, given.condition, told), t)
+    expected = denoised(x_t, point_generator(2)(x_t, t, given.condition, scale), t)
     torch.testing.assert_close(x_0, expected)
-    return x_t, t, told
+    return x_t, t, scale
 
 
 def test_jumps_begin_at_pure_noise_with_their_probability() -> None:
@@ -166,17 +166,18 @@ def test_jumps_begin_at_pure_noise_with_their_probability() -> None:
     assert float((t == last).double().mean()) == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_student_is_told_the_scale_that_its_teacher_was_guided_by() -> None:
-    """Each of them, in consistency and where heads judge."""
+def test_a_student_is_conditioned_on_the_scale_that_its_teacher_was_guided_by() -> None:
+    """Each of them, in consistency and in jumps."""
     assert set(jumped(0.5)[2].tolist()) == {1.0, 2.0, 3.0}
     student = Noted(point_generator(2))
     asked(of_both(), networks(student))
-    scales = [told for *_, told in student.asked]
+    scales = [scale for *_, scale in student.asked]
     assert len(scales) > 1
-    assert all(told.shape == (16,) and set(told.tolist()) <= {1.0, 2.0, 3.0} for told in scales)
+    assert all(scale.shape == (16,) for scale in scales)
+    assert all(set(scale.tolist()) <= {1.0, 2.0, 3.0} for scale in scales)
 
 
-def test_what_fools_reaches_the_student_through_the_frozen_teacher() -> None:
+def test_the_adversarial_gradient_reaches_the_student_through_the_frozen_teacher() -> None:
     """Also where all jumps begin at pure noise, where consistency says nothing."""
     of = networks()
     parts: Any = (of.student, of.teacher, of.discriminator)
@@ -193,7 +194,7 @@ def test_what_fools_reaches_the_student_through_the_frozen_teacher() -> None:
 
 
 def test_the_critic_teaches_heads_alone() -> None:
-    """Which judge the teacher's features; the student has no gradient even if it could."""
+    """Which stand on the teacher's features; the student has no gradient even if it could."""
     of = networks()
     parts: Any = (of.student, of.teacher, of.discriminator)
     student, teacher, heads = parts
@@ -204,17 +205,17 @@ def test_the_critic_teaches_heads_alone() -> None:
     assert all(torch.equal(t, before[n]) for n, t in teacher.state_dict().items())
 
 
-class Judge(nn.Module):
-    """Heads that keep what they are asked for, and say what they are told to, in turn."""
+class Fixed(nn.Module):
+    """Heads that keep what they are asked for, and return given logits, in turn."""
 
-    def __init__(self, *says: float) -> None:
+    def __init__(self, *logits: float) -> None:
         super().__init__()
-        self.says = nn.Parameter(torch.tensor(says))
+        self.logits = nn.Parameter(torch.tensor(logits))
         self.asked: list[tuple[Any, Tensor, Tensor, Condition]] = []
 
     def forward(self, trunk: Any, x: Tensor, s: Tensor, condition: Condition) -> Tensor:
         self.asked.append((trunk, x, s, condition))
-        return self.says[len(self.asked) - 1].expand(len(x), 3)
+        return self.logits[len(self.asked) - 1].expand(len(x), 3)
 
 
 @pytest.mark.parametrize(
@@ -227,22 +228,22 @@ class Judge(nn.Module):
     ],
 )
 def test_values_of_the_hinge(fake: float, real: float, loss: float, slopes) -> None:
-    """(relu(1 + fake) + relu(1 - real)) / 2: 1 of heads that say nothing, 0 behind the margin."""
-    judge = Judge(fake, real)
-    found = asked(of_heads(), networks(discriminator=judge)).total
+    """(relu(1 + fake) + relu(1 - real)) / 2: 1 for logits of 0, 0 behind the margin."""
+    heads = Fixed(fake, real)
+    found = asked(of_heads(), networks(discriminator=heads)).total
     found.backward()
     assert float(found.detach()) == pytest.approx(loss)
-    assert judge.says.grad is not None
-    assert tuple(judge.says.grad.tolist()) == pytest.approx(slopes)
+    assert heads.logits.grad is not None
+    assert tuple(heads.logits.grad.tolist()) == pytest.approx(slopes)
 
 
-def test_samples_and_data_are_judged_at_the_same_times_with_other_noise() -> None:
+def test_samples_and_data_are_noised_to_the_same_times_with_other_noise() -> None:
     """By the teacher's features, of jumps without a gradient; data are the batch's."""
-    judge = Judge(0.0, 0.0)
-    of, given = networks(discriminator=judge), batch(dtype=torch.double)
-    of = Networks(Noted(lambda x, *_: 0.3 - x), of.teacher, None, None, judge)
+    heads = Fixed(0.0, 0.0)
+    of, given = networks(discriminator=heads), batch(dtype=torch.double)
+    of = Networks(Noted(lambda x, *_: 0.3 - x), of.teacher, None, None, heads)
     asked(of_heads(max_time_probability=1.0), of, given=given)
-    (trunk, x_fake, s, _), (other, x_real, s_real, said) = judge.asked
+    (trunk, x_fake, s, _), (other, x_real, s_real, said) = heads.asked
     assert trunk is other is of.teacher
     assert torch.equal(s, s_real)
     assert s.unique().numel() == 16
@@ -259,10 +260,10 @@ def test_samples_and_data_are_judged_at_the_same_times_with_other_noise() -> Non
 
 def test_data_of_another_condition_are_fake_as_well() -> None:
     """The same noised data, each with the condition of the one before it: half of all fakes."""
-    judge = Judge(0.5, 0.0, -0.2)
-    of, given = networks(discriminator=judge), batch()
+    heads = Fixed(0.5, 0.0, -0.2)
+    of, given = networks(discriminator=heads), batch()
     found = asked(of_heads(misaligned=True), of).total
-    (_, _, s, said), (_, x_real, s_real, _), (_, x, s_mis, wrong) = judge.asked
+    (_, _, s, said), (_, x_real, s_real, _), (_, x, s_mis, wrong) = heads.asked
     assert torch.equal(x, x_real)
     assert torch.equal(s, s_real)
     assert torch.equal(s, s_mis)
@@ -272,9 +273,9 @@ def test_data_of_another_condition_are_fake_as_well() -> None:
     assert torch.equal(given.condition.labels, said.labels)
     fake = relu(1 + torch.tensor([0.5, -0.2])).mean()
     assert float(found.detach()) == pytest.approx(float((fake + 1) / 2))
-    judge = Judge(0.5, 0.0)
-    asked(of_heads(), networks(discriminator=judge))
-    assert len(judge.asked) == 2
+    heads = Fixed(0.5, 0.0)
+    asked(of_heads(), networks(discriminator=heads))
+    assert len(heads.asked) == 2
 
 
 @pytest.mark.parametrize("lacking", ["teacher", "discriminator"])
@@ -298,6 +299,6 @@ def test_a_sample_of_the_same_condition_is_not_called_misaligned() -> None:
     assert wrong.tolist() == [True, False, True, False]
     assert Condition().differs(Condition()).numel() == 0
     states = torch.arange(24.0).view(4, 3, 2)
-    told = Condition(embeddings=states, mask=torch.ones(4, 3, dtype=torch.bool))
-    assert told.differs(told.rolled()).all()
-    assert not told.differs(told).any()
+    captions = Condition(embeddings=states, mask=torch.ones(4, 3, dtype=torch.bool))
+    assert captions.differs(captions.rolled()).all()
+    assert not captions.differs(captions).any()

@@ -66,11 +66,11 @@ def student(
     matched = matching(networks, x_0, batch.condition, scale, generator).mean()
     if networks.discriminator is None or adversarial is None:
         return LossTerms(matched, {"matching": matched.detach()})
-    fake = judged(networks, x_0, batch.condition, adversarial_times, generator)
-    fooling = adversarial.generator(fake)
+    fake = discriminator_logits(networks, x_0, batch.condition, adversarial_times, generator)
+    generator_loss = adversarial.generator(fake)
     return LossTerms(
-        matched + adversarial_weight * fooling,
-        {"matching": matched.detach(), "fooling": fooling.detach()},
+        matched + adversarial_weight * generator_loss,
+        {"matching": matched.detach(), "adversarial": generator_loss.detach()},
     )
 
 
@@ -92,7 +92,7 @@ def critic(
 
     Args:
         networks, batch, phase, generator: as in `student`; the batch's data are real ones.
-        rollout, guidance_scale: as in `student`; of a student that is told its scale.
+        rollout, guidance_scale: as in `student`; of a student conditioned on its scale.
         times: of `diffusion.times`, of the fake score.
         weighting: of its error, of `matching` or `objectives.consistency`.
         adversarial, adversarial_times: as in `student`.
@@ -107,16 +107,16 @@ def critic(
     ).mean()
     if networks.discriminator is None or adversarial is None:
         return LossTerms(denoising, {"fake_score": denoising.detach()})
-    fake = judged(networks, x_0, condition, adversarial_times, generator)
-    real = judged(networks, batch.x_0, condition, adversarial_times, generator)
-    told = adversarial.discriminator(fake, real)
+    fake = discriminator_logits(networks, x_0, condition, adversarial_times, generator)
+    real = discriminator_logits(networks, batch.x_0, condition, adversarial_times, generator)
+    discriminator_loss = adversarial.discriminator(fake, real)
     return LossTerms(
-        denoising + adversarial_weight * told,
-        {"fake_score": denoising.detach(), "discriminator": told.detach()},
+        denoising + adversarial_weight * discriminator_loss,
+        {"fake_score": denoising.detach(), "discriminator": discriminator_loss.detach()},
     )
 
 
-def judged(
+def discriminator_logits(
     networks: Networks,
     x_0: Float[Tensor, "B ..."],
     condition: Condition,

@@ -1,8 +1,8 @@
 """What the distribution-matching methods have in common: a generator's loss, its fake score's loss.
 
 A generator's loss is called with (networks, x_0, condition, guidance_scale, generator) and returns
-one of each sample. `score_difference` injects a gradient: neither teacher nor fake score is asked
-with a gradient, whatever they learn elsewhere.
+one of each sample. That of `score_difference` is a surrogate, of which only the gradient counts:
+neither teacher nor fake score is asked with a gradient, whatever they learn elsewhere.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,11 @@ from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import Rollout, samples
 from stillhouse.objectives.consistency import Weighting as WeightOfTime
-from stillhouse.objectives.distribution_matching import Weighting, injected, matching_gradient
+from stillhouse.objectives.distribution_matching import (
+    Weighting,
+    matching_gradient,
+    surrogate_loss,
+)
 from stillhouse.ranges import Finite, Share
 from stillhouse.records.diffusion import Condition, ImageBatch, TrigFlowNetwork
 from stillhouse.records.losses import LossTerms
@@ -62,7 +66,7 @@ def score_difference(
         f_teacher = denoised(x_t, guided(teacher, x_t, t, condition, guidance_scale), t)
         f_fake = denoised(x_t, guided(fake, x_t, t, condition, own), t)
         g = matching_gradient(x_0, f_fake, f_teacher, t, weighting)
-    return injected(x_0, g)
+    return surrogate_loss(x_0, g)
 
 
 def fake_score_loss(
@@ -164,7 +168,7 @@ def critic(
         phase: where training stands.
         generator: of everything drawn, on the CPU.
         rollout: of `rollouts`, as the student's.
-        guidance_scale: of `diffusion.guidance`, of a student that is told its scale.
+        guidance_scale: of `diffusion.guidance`, of a student conditioned on its scale.
         times, weighting, condition_dropout: as in `fake_score_loss`.
     """
     scale = guidance_scale(len(batch.x_0), generator).to(batch.x_0.device)

@@ -83,7 +83,7 @@ def samples(
         phase: where training stands.
         generator: of all noise, on the CPU.
         rollout: how they are taken.
-        scale: of guidance, for a student that is told it.
+        scale: of guidance, for a student conditioned on it.
     """
     noise = torch.randn(batch.x_0.shape, generator=generator, dtype=batch.x_0.dtype)
 

@@ -2,7 +2,7 @@
 
 Junsong Chen et al., "SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency
 Distillation", arXiv:2503.09641. Consistency has no gradient at pure noise, where a sample of one
-step begins; heads on the frozen teacher's features judge jumps from there:
+step begins; heads on the frozen teacher's features are a discriminator of jumps from there:
 
     t' = π/2 with probability p, else drawn;   x̂_0 = f(x_t', t')
     student     L = L_sCM + λ (-mean D(x̂_s, s))                            x̂_s: x̂_0 noised to s
@@ -54,7 +54,7 @@ def student(
         consistency: L_sCM, `scm.scm`, partial.
         consistency_weight: 1; 0 leaves the adversary alone.
         times: of `diffusion.times`, t' that are drawn.
-        guidance_scale: of `diffusion.guidance`, what the student is told.
+        guidance_scale: of `diffusion.guidance`, of a student conditioned on it.
         adversarial: of `objectives.adversarial`.
         adversarial_weight: λ; 0 leaves consistency alone.
         adversarial_times: of `diffusion.times`, s.
@@ -75,9 +75,10 @@ def student(
     if adversarial_weight:
         x_0 = jumps(networks, batch, generator, times, guidance_scale, max_time_probability)
         s, noise = drawn(x_0, adversarial_times, generator)
-        fooling = adversarial.generator(judged(networks, noised(x_0, noise, s), s, batch.condition))
-        total = total + adversarial_weight * fooling
-        terms["fooling"] = fooling.detach()
+        fake = discriminator_logits(networks, noised(x_0, noise, s), s, batch.condition)
+        generator_loss = adversarial.generator(fake)
+        total = total + adversarial_weight * generator_loss
+        terms["adversarial"] = generator_loss.detach()
     return LossTerms(total, terms)
 
 
@@ -106,16 +107,17 @@ def critic(
     with torch.no_grad():
         x_0 = jumps(networks, batch, generator, times, guidance_scale, max_time_probability)
     s, noise = drawn(x_0, adversarial_times, generator)
-    fake = judged(networks, noised(x_0, noise, s), s, batch.condition)
+    fake = discriminator_logits(networks, noised(x_0, noise, s), s, batch.condition)
     _, noise = drawn(x_0, adversarial_times, generator)
     x_s = noised(batch.x_0, noise, s)
-    real = judged(networks, x_s, s, batch.condition)
+    real = discriminator_logits(networks, x_s, s, batch.condition)
     if misaligned:
         others = batch.condition.rolled()
         wrong = batch.condition.differs(others)
         if wrong.any():
             where = wrong.nonzero().flatten()
-            fake = torch.cat([fake, judged(networks, x_s[where], s[where], others.picked(where))])
+            mismatched = discriminator_logits(networks, x_s[where], s[where], others.picked(where))
+            fake = torch.cat([fake, mismatched])
     return LossTerms(adversarial.discriminator(fake, real))
 
 
@@ -136,7 +138,7 @@ def jumps(
     return denoised(x_t, networks.student(x_t, t, batch.condition, scale), t)
 
 
-def judged(
+def discriminator_logits(
     networks: Networks, x_s: Tensor, s: Float[Tensor, "B"], condition: Condition
 ) -> Float[Tensor, "B K"]:
     """Return the heads' logits, by the frozen teacher's features.
