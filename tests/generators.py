@@ -20,6 +20,13 @@ RING = {
     "radius": 1.4,
     "deviation": 0.1,
 }
+EMOJI = {
+    "_target_": "stillhouse.data.pictures.emoji.emoji",
+    "font_path": "",
+    "names_path": "",
+    "image_size": 8,
+    "synthetic": True,
+}
 POINTS = {
     "_target_": "stillhouse.data.pictures.mixtures.drawn",
     "mixture": RING,
@@ -69,10 +76,15 @@ def point_generator(seed: int = 1) -> Denoiser:
     return shaken(network, seed)
 
 
+def transformer(data: ImageData, patch_size: int = 4) -> Denoiser:
+    """Return a diffusion transformer of one layer, as it begins."""
+    shape = {"width": 8, "num_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1.0}
+    return small_dit(data, patch_size=patch_size, **shape, guidance_embeds=False)
+
+
 def digit_generator(seed: int = 1) -> Denoiser:
     """Return a generator of digits with random weights."""
-    shape = {"patch_size": 4, "width": 8, "num_layers": 1, "num_attention_heads": 2}
-    return shaken(small_dit(data_of(DIGITS), **shape, mlp_ratio=1.0, guidance_embeds=False), seed)
+    return shaken(transformer(data_of(DIGITS)), seed)
 
 
 def saved(

@@ -1,32 +1,20 @@
 """Captions: what the stage `embed_captions` writes, and what networks and pipelines are told."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from generators import DIGITS, data_of, saved, shaken
-from rich.console import Console
+from generators import DIGITS, EMOJI, data_of, saved, shaken, transformer
+from stage_runs import metrics_of
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from stillhouse.data.pictures.captions import read_captions
 from stillhouse.errors import UserError
 from stillhouse.stages.embed_captions import EmbedCaptions
-from stillhouse.stages.stage import StageContext
 from stillhouse.stages.take_encoder import character_tokenizer
-from stillhouse.students.denoisers import load_denoiser, load_pipeline, pretrained, small_dit
-from stillhouse.tracking.tracker import FileTracker
-
-EMOJI = {
-    "_target_": "stillhouse.data.pictures.emoji.emoji",
-    "font_path": "",
-    "names_path": "",
-    "image_size": 8,
-    "synthetic": True,
-}
-SHAPE: Any = {"patch_size": 4, "width": 8, "num_layers": 1, "num_attention_heads": 2}
+from stillhouse.students.denoisers import load_denoiser, load_pipeline, pretrained
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +31,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def embed(path: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """Run the stage; return its metrics."""
-    folder.mkdir()
     settings = {"source": EMOJI, "path": path, "max_tokens": 32, "batch_size": 5} | changes
-    console = Console(file=io.StringIO())
-    context = StageContext("captions", folder, folder, FileTracker(None), console)
-    return dict(EmbedCaptions(**settings)(context).metrics)
+    return metrics_of(EmbedCaptions(**settings), "captions", folder)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +93,7 @@ def test_networks_are_told_captions_and_not_classes(store: str) -> None:
 
 
 def captioned(store: str) -> Any:
-    data = data_of(EMOJI, captions_path=store)
-    return shaken(small_dit(data, **SHAPE, mlp_ratio=1.0, guidance_embeds=False))
+    return shaken(transformer(data_of(EMOJI, captions_path=store)))
 
 
 def test_a_pipeline_reads_prompts_as_training_did(store: str, tmp_path: Path) -> None:
@@ -130,7 +114,7 @@ def test_a_pipeline_reads_prompts_as_training_did(store: str, tmp_path: Path) ->
 
 
 def test_prompts_are_for_networks_that_are_told_them(tmp_path: Path) -> None:
-    network = small_dit(data_of(DIGITS), **SHAPE, mlp_ratio=1.0, guidance_embeds=False)
+    network = transformer(data_of(DIGITS))
     pipeline = load_pipeline(saved(network, tmp_path / "digits", DIGITS), key="models.student")
     with pytest.raises(ValueError, match="the network is told classes; expected class_labels"):
         pipeline("seven")

@@ -1,31 +1,21 @@
 """Latents: what the stage `encode_latents` writes, and what is learnt, decoded and handed on."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
-from generators import DIGITS, POINTS, data_of, shaken
-from rich.console import Console
+from generators import DIGITS, EMOJI, POINTS, data_of, shaken, transformer
+from stage_runs import metrics_of
 
 from stillhouse.data.latents import LatentData
 from stillhouse.diffusion.solvers import few_step
 from stillhouse.errors import UserError
 from stillhouse.stages.encode_latents import EncodeLatents
-from stillhouse.stages.stage import StageContext
-from stillhouse.students.denoisers import load_pipeline, small_dit
-from stillhouse.tracking.tracker import FileTracker
+from stillhouse.students.denoisers import load_pipeline
 
-EMOJI = {
-    "_target_": "stillhouse.data.pictures.emoji.emoji",
-    "font_path": "",
-    "names_path": "",
-    "image_size": 16,
-    "synthetic": True,
-}
-SHAPE: Any = {"patch_size": 2, "width": 8, "num_layers": 1, "num_attention_heads": 2}
+PICTURES = EMOJI | {"image_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +35,8 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def encode(path: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """Run the stage; return its metrics."""
-    folder.mkdir()
-    settings = {"source": EMOJI, "path": path, "subfolder": "vae", "batch_size": 5} | changes
-    console = Console(file=io.StringIO())
-    context = StageContext("latents", folder, folder, FileTracker(None), console)
-    return dict(EncodeLatents(**settings)(context).metrics)
+    settings = {"source": PICTURES, "path": path, "subfolder": "vae", "batch_size": 5} | changes
+    return metrics_of(EncodeLatents(**settings), "latents", folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +47,7 @@ def store(vae: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def latents_of(store: str, source: dict[str, Any] = EMOJI, **changes: Any) -> LatentData:
+def latents_of(store: str, source: dict[str, Any] = PICTURES, **changes: Any) -> LatentData:
     settings = {"batch_size": 4, "evaluation_batch_size": 5} | changes
     return LatentData(0, latents_path=store, source=source, **settings)
 
@@ -86,7 +73,7 @@ def test_what_is_learnt_are_the_latents_of_the_same_pictures(vae: str, store: st
 
 def test_the_pipeline_decodes(store: str, tmp_path: Path) -> None:
     data = latents_of(store)
-    network = shaken(small_dit(data, **SHAPE, mlp_ratio=1.0, guidance_embeds=False))
+    network = shaken(transformer(data, patch_size=2))
     network.save(tmp_path, data, times={"1": [1.5708]}, guidance_scale=1.0)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     condition = data.collate([0, 1], "test").condition
@@ -144,10 +131,7 @@ def test_what_the_autoencoder_does_not_read(
 def test_what_is_no_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^stages\.latents\.path=.*: no autoencoder can be loaded"):
         encode(str(tmp_path), tmp_path / "latents", subfolder=None)
-    data = data_of(EMOJI)
-    small_dit(data, **SHAPE, mlp_ratio=1.0, guidance_embeds=False).model.save_pretrained(
-        tmp_path / "dit"
-    )
+    transformer(data_of(PICTURES)).model.save_pretrained(tmp_path / "dit")
     with pytest.raises(UserError, match=r"^stages\.latents\.path=.*autoencoder"):
         encode(str(tmp_path / "dit"), tmp_path / "again", subfolder=None)
 
