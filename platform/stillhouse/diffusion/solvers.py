@@ -60,7 +60,7 @@ def heun(F: Velocity, x: Tensor, times: Sequence[float], visited: Visited | None
         step = t - after
         predicted = x - step * slope
         if after > 0:
-            slope = (slope + F(predicted, _times(predicted, after))) / 2
+            slope = (slope + F(predicted, all_at(predicted, after))) / 2
         x = x - step * slope
     return x
 
@@ -78,7 +78,7 @@ def few_step(
     """
     check_times(times, key="times")
     x_t = x_0 = noise
-    for step, t in enumerate(_times(noise, time) for time in times):
+    for step, t in enumerate(all_at(noise, time) for time in times):
         if step > 0:
             fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
             x_t = noised(x_0, fresh.to(noise.device), t)
@@ -102,7 +102,7 @@ def straightness(F: Velocity, noise: Tensor, *, steps: Count = 50) -> float:
     states: list[tuple[Tensor, float, Tensor]] = []
     with torch.no_grad():
         x_0 = heun(F, noise, grid, lambda *state: states.append(state))
-        states.append((x_0, 0.0, F(x_0, _times(x_0, 0.0))))
+        states.append((x_0, 0.0, F(x_0, all_at(x_0, 0.0))))
     squares = []
     for x_t, t, slope in states:
         v = (math.sin(t) + math.cos(t)) * slope - (math.cos(t) - math.sin(t)) * x_t
@@ -143,17 +143,18 @@ def check_times(times: Sequence[float], *, key: str) -> None:
         )
 
 
+def all_at(x: Float[Tensor, "B ..."], t: float) -> Float[Tensor, "B"]:
+    """Return the same time for all samples."""
+    return torch.full((len(x),), t, dtype=torch.double, device=x.device)
+
+
 def _steps(times: Sequence[float]) -> list[tuple[float, float]]:
     check_times(times, key="times")
     return list(zip(times, [*times[1:], 0.0], strict=True))
 
 
 def _at(F: Velocity, x: Tensor, t: float, visited: Visited | None) -> Tensor:
-    slope = F(x, _times(x, t))
+    slope = F(x, all_at(x, t))
     if visited is not None:
         visited(x, t, slope)
     return slope
-
-
-def _times(x: Tensor, t: float) -> Float[Tensor, "B"]:
-    return torch.full((len(x),), t, dtype=torch.double, device=x.device)

@@ -18,6 +18,15 @@ from stillhouse.ranges import Finite, Positive, Share
 TimeSampler = Callable[[int, torch.Generator], Float[Tensor, "B"]]
 
 
+def drawn(
+    x_0: Float[Tensor, "B ..."], times: TimeSampler, generator: torch.Generator
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B ..."]]:
+    """Return a time and noise for each sample."""
+    t = times(len(x_0), generator).to(x_0.device)
+    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+    return t, noise
+
+
 def log_normal(
     count: int, generator: torch.Generator, *, mean: Finite = 0.0, std: Positive = 1.6
 ) -> Float[Tensor, "B"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.times import TimeSampler, drawn
 from stillhouse.diffusion.trigflow import noised, velocity
 from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -61,8 +61,7 @@ def denoising(
             "with false"
         )
     x_0 = batch.x_0
-    t = times(len(x_0), generator).to(x_0.device)
-    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+    t, noise = drawn(x_0, times, generator)
     dropped = torch.rand(len(x_0), generator=generator).to(x_0.device) < condition_dropout
     F = networks.student(noised(x_0, noise, t), t, batch.condition.dropped(dropped))
     losses = (F - velocity(x_0, noise, t)).square().flatten(1).mean(1) * weighting(t).to(F.dtype)

@@ -15,12 +15,12 @@ from stillhouse.data.pictures.mixtures import ring
 from stillhouse.diffusion.guidance import fixed, guided
 from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.diffusion.solvers import ddim, heun, uniform_grid
-from stillhouse.diffusion.times import shifted_uniform, uniform
+from stillhouse.diffusion.times import drawn, shifted_uniform, uniform
 from stillhouse.diffusion.trigflow import denoised, noised
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.timestep import dmd2, swiftbrush
 from stillhouse.families.timestep.instaflow import one_step, squared_error
-from stillhouse.families.timestep.matching import critic, drawn, of_scaled_noise, score_difference
+from stillhouse.families.timestep.matching import critic, of_scaled_noise, score_difference
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.rollouts import backward_simulation
 from stillhouse.objectives.adversarial import non_saturating

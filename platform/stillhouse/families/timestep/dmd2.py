@@ -17,13 +17,12 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from stillhouse.diffusion.guidance import GuidanceScale
-from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.times import TimeSampler, drawn
 from stillhouse.diffusion.trigflow import noised
 from stillhouse.families.timestep.matching import (
     GeneratorLoss,
     WeightOfTime,
     both_scores,
-    drawn,
     fake_score_loss,
 )
 from stillhouse.families.timestep.networks import Networks, Phase

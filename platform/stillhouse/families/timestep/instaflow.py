@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from stillhouse.diffusion.guidance import check_dropout
+from stillhouse.diffusion.solvers import all_at
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised, velocity
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -84,7 +85,7 @@ def one_step(
         generator: not drawn from.
         similarity: D, called with (student's, teacher's) samples.
     """
-    t = torch.full((len(batch.noise),), math.pi / 2, dtype=torch.double, device=batch.noise.device)
+    t = all_at(batch.noise, math.pi / 2)
     F = networks.student(batch.noise, t, batch.condition)
     return LossTerms(total=similarity(denoised(batch.noise, F, t), batch.x_0).mean())
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from stillhouse.diffusion.guidance import GuidanceScale, check_dropout, guided
-from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.times import TimeSampler, drawn
 from stillhouse.diffusion.trigflow import denoised, noised, velocity
 from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -111,15 +111,6 @@ def of_noise(t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 def of_scaled_noise(t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Return cos⁴ t: prediction and noise scaled by α = cos t (SwiftBrush's code)."""
     return t.cos().pow(4)
-
-
-def drawn(
-    x_0: Float[Tensor, "B ..."], times: TimeSampler, generator: Generator
-) -> tuple[Float[Tensor, "B"], Float[Tensor, "B ..."]]:
-    """Return a time and noise for each sample."""
-    t = times(len(x_0), generator).to(x_0.device)
-    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
-    return t, noise
 
 
 def both_scores(networks: Networks) -> tuple[TrigFlowNetwork, TrigFlowNetwork]:

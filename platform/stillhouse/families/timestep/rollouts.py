@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from stillhouse.data.stream import generator_for
-from stillhouse.diffusion.solvers import Velocity, check_times
+from stillhouse.diffusion.solvers import Velocity, all_at, check_times
 from stillhouse.diffusion.times import TimeSampler
 from stillhouse.diffusion.trigflow import denoised, noised
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -40,7 +40,7 @@ def backward_simulation(
     """
     check_times(times, key="method.<phase>.rollout.times")
     steps = int(torch.randint(len(times), (), generator=generator_for(turn))) + 1
-    grid = [_all_at(noise, t) for t in times[:steps]]
+    grid = [all_at(noise, t) for t in times[:steps]]
     return _rolled(F, noise, grid, generator)
 
 
@@ -60,7 +60,7 @@ def falling(
         times: of `diffusion.times`; a draw behind the time before it becomes that time.
         most_steps: the largest N; the paper draws N, its code takes it in turn.
     """
-    grid = [_all_at(noise, math.pi / 2)]
+    grid = [all_at(noise, math.pi / 2)]
     for _ in range(turn % most_steps):
         drawn = times(len(noise), generator).to(noise.device)
         grid.append(torch.minimum(drawn, grid[-1]))
@@ -103,7 +103,3 @@ def _rolled(
             fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
             x_t = noised(x_0, fresh.to(noise.device), after)
     return denoised(x_t, F(x_t, grid[-1]), grid[-1])
-
-
-def _all_at(x: Tensor, t: float) -> Float[Tensor, "B"]:
-    return torch.full((len(x),), t, dtype=torch.double, device=x.device)

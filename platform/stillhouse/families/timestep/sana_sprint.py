@@ -18,10 +18,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from stillhouse.diffusion.guidance import GuidanceScale
-from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.times import TimeSampler, drawn
 from stillhouse.diffusion.trigflow import denoised, noised
 from stillhouse.errors import UserError
-from stillhouse.families.timestep.matching import drawn
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.objectives.adversarial import Adversarial
 from stillhouse.ranges import Share, Weight

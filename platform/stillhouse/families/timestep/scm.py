@@ -16,7 +16,7 @@ import torch
 from torch import Generator
 
 from stillhouse.diffusion.guidance import GuidanceScale, guided
-from stillhouse.diffusion.times import TimeSampler
+from stillhouse.diffusion.times import TimeSampler, drawn
 from stillhouse.diffusion.trigflow import noised
 from stillhouse.errors import UserError
 from stillhouse.families.timestep.consistency import ConsistencyLoss, States, warmed
@@ -55,8 +55,7 @@ def scm(
     if networks.teacher is None:
         raise UserError("teacher=null: sCM distils a teacher; expected teacher=denoiser")
     x_0 = batch.x_0
-    t = times(len(x_0), generator).to(x_0.device)
-    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+    t, noise = drawn(x_0, times, generator)
     scale = guidance_scale(len(x_0), generator).to(x_0.device)
     x_t = noised(x_0, noise, t)
     with torch.no_grad():

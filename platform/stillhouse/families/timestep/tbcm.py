@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from stillhouse.diffusion.guidance import GuidanceScale, guided
-from stillhouse.diffusion.solvers import ddim, flow_grid
+from stillhouse.diffusion.solvers import all_at, ddim, flow_grid
 from stillhouse.errors import UserError
 from stillhouse.families.timestep.consistency import ConsistencyLoss, States, warmed
 from stillhouse.families.timestep.networks import Networks, Phase
@@ -92,9 +92,7 @@ def tbcm(
     inner = visited[1:]
     states = States(
         x_t=torch.cat([x for x, _, _ in inner]),
-        t=torch.cat([torch.full((count,), t, dtype=torch.double) for _, t, _ in inner]).to(
-            end.device
-        ),
+        t=torch.cat([all_at(x, t) for x, t, _ in inner]),
         velocity=torch.cat([F for _, _, F in inner]),
         condition=condition.repeated(len(inner)),
         guidance_scale=scale.repeat(len(inner)),
