@@ -199,7 +199,7 @@ def test_a_teacher_without_an_unconditional_branch_cannot_be_guided() -> None:
     with pytest.raises(UserError) as refusal:
         guided(mixture, x, t, condition, fixed(2, generator, scale=4.5))
     assert str(refusal.value) == (
-        "guidance_scale=4.5: the teacher knows no samples without a condition, so it cannot be "
-        "guided; expected 1, or a teacher that was trained with method.condition_dropout above 0 "
-        "and student.unconditional=true"
+        "guidance_scale=4.5: the network knows no samples without a condition, so it cannot be "
+        "guided; expected 1, or teacher and fake score that were trained with "
+        "method.condition_dropout above 0 and student.unconditional=true"
     )

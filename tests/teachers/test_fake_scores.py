@@ -1,17 +1,39 @@
 """Fake scores: they begin as their teacher, and it stays what it was whatever they learn."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from generators import POINTS, digit_generator, point_generator, ring_mixture, saved
+from generators import (
+    DIGITS,
+    POINTS,
+    digit_generator,
+    point_generator,
+    ring_mixture,
+    saved,
+    shaken,
+    transformer,
+)
 from torch import Tensor, nn
 
-from stillhouse.diffusion.guidance import guided
+from stillhouse.data.pictures.mixtures import ring
+from stillhouse.diffusion.guidance import fixed, guided
+from stillhouse.diffusion.times import uniform
 from stillhouse.errors import UserError
-from stillhouse.records.diffusion import Condition
+from stillhouse.families.timestep import dmd2
+from stillhouse.families.timestep.matching import score_difference
+from stillhouse.families.timestep.networks import Networks, Phase
+from stillhouse.families.timestep.rollouts import backward_simulation
+from stillhouse.objectives.adversarial import non_saturating
+from stillhouse.objectives.consistency import even
+from stillhouse.objectives.distribution_matching import plain
+from stillhouse.records.diffusion import Condition, ImageBatch
+from stillhouse.students.denoisers import Denoiser, unet
+from stillhouse.students.discriminators import mlp_head, on_features
 from stillhouse.teachers.fake_scores import AdaptedTeacher, full_copy, lora, pretrained
 
 ADAPTED = partial(lora, rank=3, alpha=6.0, target_modules=["embed", "head"])
@@ -179,5 +201,80 @@ def test_a_network_of_an_earlier_stage_begins_for_a_teacher_that_is_exact(tmp_pa
     fake = pretrained(ring_mixture(), path=path)
     assert torch.equal(asked(fake), asked(network))
     assert all(p.requires_grad for p in fake.parameters())
-    with pytest.raises(UserError, match="its samples are 2, the teacher's 1 x 8 x 8"):
+
+
+class Shown(NamedTuple):
+    """What a builder reads of data."""
+
+    image_shape: tuple[int, ...] = (1, 8, 8)
+    classes: tuple[str, ...] = tuple("0123456789")
+    caption_width: int = 0
+
+    @property
+    def told_classes(self) -> tuple[str, ...]:
+        return self.classes
+
+
+def unet_of(data: Any) -> Denoiser:
+    settings = {"widths": [16, 24], "layers_per_block": 1, "norm_num_groups": 8}
+    return shaken(unet(data, **settings))
+
+
+def test_a_fake_score_may_be_of_another_architecture(tmp_path: Path) -> None:
+    """A UNet beside a transformer: a step of DMD2, whose heads stand on the UNet's features."""
+    fake = pretrained(digit_generator(), path=saved(unet_of(Shown()), tmp_path / "unet", DIGITS))
+    heads = on_features(
+        fake, features=["network.model.mid_block"], head=partial(mlp_head, hidden=4)
+    )
+    student = digit_generator(2).requires_grad_(True)
+    of = Networks(student, digit_generator().requires_grad_(False), None, fake, heads)
+    shared: Any = {
+        "rollout": partial(backward_simulation, times=[1.5708]),
+        "guidance_scale": fixed,
+        "adversarial": non_saturating(),
+        "adversarial_times": uniform,
+        "adversarial_weight": 0.1,
+    }
+    batch = ImageBatch(torch.randn(4, 1, 8, 8), Condition(labels=torch.tensor([0, 3, 9, -1])))
+    generator = torch.Generator().manual_seed(0)
+    matching = partial(score_difference, times=uniform, weighting=plain)
+    steps = (
+        (partial(dmd2.student, matching=matching), [student]),
+        (partial(dmd2.critic, times=uniform, weighting=even), [fake, heads]),
+    )
+    for loss, learning in steps:
+        for network in (student, fake, heads):
+            network.requires_grad_(network in learning)
+        loss(of, batch, Phase(0, 1), generator, **shared).total.backward()
+        for network in learning:
+            assert any(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (point_generator, "samples have the shape 2, the teacher's 1 x 8 x 8"),
+        (lambda: unet_of(Shown(classes=("a", "b"))), "number of classes is 2, the teacher's 10"),
+        (lambda: unet_of(Shown(classes=())), "number of classes is 0, the teacher's 10"),
+        (
+            lambda: transformer(Shown(caption_width=12)),
+            "captions have the width 12, the teacher's 0",
+        ),
+    ],
+)
+def test_a_network_of_other_data_is_no_fake_score(
+    tmp_path: Path, build: Callable[[], Denoiser], message: str
+) -> None:
+    path = saved(build(), tmp_path / "other", DIGITS)
+    with pytest.raises(UserError) as refusal:
         pretrained(digit_generator(), path=path)
+    assert str(refusal.value) == (
+        f"stages.<stage>.family.fake_score.path={path}: its {message}; expected a network that was "
+        "trained on the teacher's data"
+    )
+
+
+def test_a_mixture_has_classes_as_well(tmp_path: Path) -> None:
+    path = saved(point_generator(), tmp_path / "points", POINTS)
+    with pytest.raises(UserError, match="its number of classes is 4, the teacher's 2; expected"):
+        pretrained(ring(classes=2), path=path)

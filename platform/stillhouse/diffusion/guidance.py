@@ -59,7 +59,7 @@ def guided(
     """Return F_w, by one call with both halves in a batch; by half of it where every w is 1.
 
     Args:
-        network: the teacher; it has to know unconditional samples (`Condition.none`).
+        network: teacher or fake score; it has to know unconditional samples (`Condition.none`).
         x_t, t: noisy samples and their times.
         condition: of each.
         scale: w of each.
@@ -71,9 +71,9 @@ def guided(
         return network(x_t, t, condition)
     if not getattr(network, "unconditional", True):
         raise UserError(
-            f"guidance_scale={float(scale.max()):g}: the teacher knows no samples without a "
-            "condition, so it cannot be guided; expected 1, or a teacher that was trained with "
-            "method.condition_dropout above 0 and student.unconditional=true"
+            f"guidance_scale={float(scale.max()):g}: the network knows no samples without a "
+            "condition, so it cannot be guided; expected 1, or teacher and fake score that were "
+            "trained with method.condition_dropout above 0 and student.unconditional=true"
         )
     both = condition.none().joined(condition)
     none, said = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)

@@ -46,7 +46,8 @@ def on_features(trunk: nn.Module, *, features: Sequence[str], head: Head) -> "Di
     for wanted in features:
         if wanted not in known:
             raise UserError(
-                f"{key}={list(features)}: the teacher, a {type(trunk).__name__}, has no module "
+                f"{key}={list(features)}: heads stand on the fake score, else on the teacher; the "
+                f"one here, a {type(getattr(trunk, 'model', trunk)).__name__}, has no module "
                 f"{wanted}; expected one such as {', '.join(_examples(known))}"
                 f"{did_you_mean(wanted, known)}"
             )

@@ -42,20 +42,47 @@ def full_copy(teacher: nn.Module) -> nn.Module:
 def pretrained(teacher: nn.Module, *, path: str) -> Denoiser:
     """Return a network of an earlier stage, for a teacher that is known exactly.
 
+    Its architecture may be another one than the teacher's.
+
     Args:
-        teacher: whose samples it speaks of too.
+        teacher: whose samples and conditions it is asked about too.
         path: a pipeline's folder.
 
     Raises:
-        UserError: for a folder without such a pipeline, and one of samples of another shape.
+        UserError: for a folder without such a pipeline, and one of other samples or conditions.
     """
     key = "stages.<stage>.family.fake_score.path"
     found = load_denoiser(path, key=key)
-    shapes = [getattr(network, "sample_shape", None) for network in (found, teacher)]
-    if None not in shapes and shapes[0] != shapes[1]:
-        ours, theirs = (" x ".join(map(str, shape or ())) for shape in shapes)
-        raise UserError(f"{key}={path}: its samples are {ours}, the teacher's {theirs}")
+    for name, read in (
+        ("samples have the shape", _sample_shape),
+        ("number of classes is", _num_classes),
+        ("captions have the width", _caption_width),
+    ):
+        ours, theirs = read(found), read(teacher)
+        if theirs is not None and ours != theirs:
+            raise UserError(
+                f"{key}={path}: its {name} {ours}, the teacher's {theirs}; expected a network that "
+                "was trained on the teacher's data"
+            )
     return found
+
+
+def _sample_shape(network: Any) -> str | None:
+    shape = getattr(network, "sample_shape", None)
+    return None if shape is None else " x ".join(map(str, shape))
+
+
+def _num_classes(network: Any) -> int | None:
+    if not isinstance(network, Denoiser):
+        return getattr(network, "num_classes", None)
+    config = network.model.config
+    # A UNet2DModel counts the class of none as well.
+    embedded = config.get("num_class_embeds") or 0
+    return config.get("num_classes", embedded - (embedded > 0 and network.unconditional))
+
+
+def _caption_width(network: Any) -> int | None:
+    return network.model.config.get("caption_width", 0) if isinstance(network, Denoiser) else None
 
 
 def lora(

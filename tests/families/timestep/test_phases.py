@@ -343,9 +343,10 @@ FEATURES = "stages.<stage>.family.discriminator.features"
         ),
         (
             {"discriminator": partial(HEADS, features=["network.model.layer.0"])},
-            f"{FEATURES}=['network.model.layer.0']: the teacher, a Denoiser, has no module "
-            "network.model.layer.0; expected one such as network.model.layers.0; did you mean "
-            "'network.model.layers.0' or 'network.model.layers' or 'network.model.head'?",
+            f"{FEATURES}=['network.model.layer.0']: heads stand on the fake score, else on the "
+            "teacher; the one here, a PointNetwork, has no module network.model.layer.0; expected "
+            "one such as network.model.layers.0; did you mean 'network.model.layers.0' or "
+            "'network.model.layers' or 'network.model.head'?",
         ),
         (
             {"discriminator": partial(HEADS, features=[])},
@@ -373,8 +374,8 @@ FEATURES = "stages.<stage>.family.discriminator.features"
         ),
         (
             {"teacher": ring_mixture(), "fake_score": partial(pretrained, path="DIGITS")},
-            "stages.<stage>.family.fake_score.path=DIGITS: its samples are 1 x 8 x 8, the "
-            "teacher's 2",
+            "stages.<stage>.family.fake_score.path=DIGITS: its samples have the shape 1 x 8 x 8, "
+            "the teacher's 2; expected a network that was trained on the teacher's data",
         ),
     ],
 )
