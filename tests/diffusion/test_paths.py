@@ -14,6 +14,7 @@ from stillhouse.diffusion.trigflow import TrigFlowView, denoised, noised
 from stillhouse.errors import UserError
 from stillhouse.records.diffusion import Condition
 
+
 def stable_diffusion() -> Tensor:
     """Return ᾱ of its 1,000 levels, by diffusers."""
     scheduler = DDPMScheduler(
@@ -88,7 +89,8 @@ def test_numbered_levels_are_the_schedulers() -> None:
     torch.testing.assert_close(path.time_of_angle(path.angle(t)), t)
     # One step before the first are clean data.
     clean = torch.zeros(1, dtype=torch.double)
-    assert path.time_of_angle(clean) == -1 and path.alpha(clean - 1) == 1
+    assert path.time_of_angle(clean) == -1
+    assert path.alpha(clean - 1) == 1
 
 
 @pytest.mark.parametrize("levels", [[0.9, 0.5, 0.0], [0.9, 0.95], [1.0, 0.5]])

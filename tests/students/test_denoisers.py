@@ -237,7 +237,14 @@ def test_folders_that_hold_no_generator(tmp_path: Path) -> None:
         load_denoiser(str(tmp_path), key="teacher.path")
     assert str(refusal.value) == (
         f"teacher.path={tmp_path}: its network is Flux; expected one of SmallDiT, PointNetwork, "
-        "UNet2DModel"
+        "UNet2DModel, UNet2DConditionModel, SanaTransformer2DModel, WanTransformer3DModel"
+    )
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError) as refusal:
+        load_denoiser(str(tmp_path), key="teacher.path")
+    assert str(refusal.value) == (
+        f"teacher.path={tmp_path}: a FluxPipeline of diffusers; take its network over with a stage "
+        "of conf/stage/take_denoiser.yaml, and name teacher.path=${artifact:<stage>}"
     )
 
 

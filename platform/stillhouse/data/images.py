@@ -17,6 +17,9 @@ from stillhouse.errors import UserError
 from stillhouse.ranges import Count, CountFrom0
 from stillhouse.records.diffusion import Condition, ImageBatch
 
+# One for all values, or one a channel.
+Numbers = float | list[float]
+
 
 class ImageData(pl.LightningDataModule):
     """Batches of pictures, or of points, with their classes or captions.
@@ -119,13 +122,13 @@ class ImageData(pl.LightningDataModule):
         return self.captions.width if self.captions else 0
 
     @cached_property
-    def mean(self) -> float:
+    def mean(self) -> Numbers:
         """Of all values of training."""
         values = self.splits["train"].values
         return 0.0 if values.ndim == 2 else float(values.mean(dtype=torch.double))
 
     @cached_property
-    def std(self) -> float:
+    def std(self) -> Numbers:
         """Of all values of training."""
         values = self.splits["train"].values
         return 1.0 if values.ndim == 2 else float(values.double().std())
@@ -144,11 +147,13 @@ class ImageData(pl.LightningDataModule):
 
     def normalised(self, values: Tensor) -> Tensor:
         """Return values of mean 0 and deviation 1."""
-        return (values - self.mean) / self.std
+        mean, std = (_along_channels(numbers, values) for numbers in (self.mean, self.std))
+        return (values - mean) / std
 
     def restored(self, x_0: Tensor) -> Tensor:
         """Return pictures from 0 to 1, or points."""
-        return x_0 * self.std + self.mean
+        mean, std = (_along_channels(numbers, x_0) for numbers in (self.mean, self.std))
+        return x_0 * std + mean
 
     def collate(self, rows: Sequence[int], split: Split = "train") -> ImageBatch:
         """Return a batch of samples by their places."""
@@ -202,6 +207,13 @@ class ImageData(pl.LightningDataModule):
         size = self.evaluation_batch_size
         for start in range(0, len(places), size):
             yield self.collate(places[start : start + size], split)
+
+
+def _along_channels(numbers: Numbers, x: Tensor) -> Tensor | float:
+    """Return a number, or one a channel, shaped to go with x [B, C, ...]."""
+    if isinstance(numbers, float):
+        return numbers
+    return torch.tensor(numbers, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
 
 
 class Places:

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stillhouse.data.images import ImageData
+from stillhouse.data.images import ImageData, Numbers
 from stillhouse.data.pictures.pictures import Samples, Split
 from stillhouse.errors import UserError
 from stillhouse.files import write_json
@@ -75,6 +76,33 @@ def read_latents(path: str, *, key: str) -> Latents:
         ) from error
 
 
+Statistics = Callable[[Latents], tuple[Numbers, Numbers]]
+
+
+def of_training(latents: Latents) -> tuple[Numbers, Numbers]:
+    """Return mean and deviation of all values of the training split."""
+    values = latents.values["train"]
+    return float(values.mean(dtype=torch.double)), float(values.double().std())
+
+
+def of_autoencoder(latents: Latents) -> tuple[Numbers, Numbers]:
+    """Return the shift and the scale that the autoencoder's config says, as its generators expect.
+
+    Raises:
+        UserError: for a config that says none.
+    """
+    settings = json.loads((latents.folder / VAE / "config.json").read_text())
+    if settings.get("latents_mean") and settings.get("latents_std"):
+        return list(settings["latents_mean"]), list(settings["latents_std"])
+    scale = settings.get("scaling_factor")
+    if not scale:
+        raise UserError(
+            "data.statistics=of_autoencoder: the config of the autoencoder in "
+            f"data.latents_path={latents.folder} has no scaling_factor; expected of_training"
+        )
+    return settings.get("shift_factor") or 0.0, 1 / scale
+
+
 class LatentData(ImageData):
     """Pictures of a source as latents; what is compared with the data is decoded first."""
 
@@ -85,6 +113,7 @@ class LatentData(ImageData):
         latents_path: str,
         source: dict[str, Any],
         captions_path: str | None = None,
+        statistics: dict[str, Any] | None = None,
         batch_size: Count,
         evaluation_batch_size: Count,
         max_train_samples: Count | None = None,
@@ -98,6 +127,8 @@ class LatentData(ImageData):
         Args:
             seed: of the order of training.
             latents_path: an artifact of the stage `encode_latents`, of the same source.
+            statistics: node of a function that returns mean and deviation, or one of both a
+                channel; null for `of_training`.
             source, captions_path, batch_size, evaluation_batch_size, max_train_samples,
                 max_evaluation_rows, distinct_train_batches, num_workers, pin_memory: as in
                 `ImageData`.
@@ -115,6 +146,7 @@ class LatentData(ImageData):
             pin_memory=pin_memory,
         )
         self.latents_path = latents_path
+        self._statistics: Statistics = instantiate(statistics) if statistics else of_training
 
     @cached_property
     def latents(self) -> Latents:
@@ -139,6 +171,16 @@ class LatentData(ImageData):
             split: Samples(self.latents.values[split], samples.labels, samples.captions)
             for split, samples in self.source.splits.items()
         }
+
+    @cached_property
+    def mean(self) -> Numbers:
+        """What is taken off."""
+        return self._statistics(self.latents)[0]
+
+    @cached_property
+    def std(self) -> Numbers:
+        """What is divided by."""
+        return self._statistics(self.latents)[1]
 
     def restored(self, x_0: Tensor) -> Tensor:
         """Return pictures, decoded."""

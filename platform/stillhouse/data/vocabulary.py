@@ -37,14 +37,16 @@ def check_same_tokenizer(
     )
 
 
-def load_tokenizer(path: str, *, key: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+def load_tokenizer(
+    path: str, *, key: str, subfolder: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, of a folder or an id of the hub, or of a subfolder of either.
 
     Raises:
         UserError: when there is none that can be read; `key` is named.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, subfolder=subfolder or "", revision=revision)
     except Exception as error:  # the libraries below raise whatever a broken file makes them
         raise UserError(f"{key}={path}: no tokenizer can be loaded: {one_line(error)}") from error
 

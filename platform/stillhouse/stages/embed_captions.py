@@ -14,8 +14,8 @@ from stillhouse.data.vocabulary import load_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count
 from stillhouse.stages.stage import StageContext, StageResult
-from stillhouse.students.encoders import load_encoder
 from stillhouse.students.few_step_pipeline import embedded
+from stillhouse.students.text_encoders import load_text_encoder
 from stillhouse.tracking.work import WorkProgress
 
 
@@ -26,12 +26,18 @@ class EmbedCaptions:
     Attributes:
         source: node of a function that returns `Pictures` with captions.
         path: the encoder, a folder of `transformers` or an id of the hub.
+        subfolder, tokenizer_subfolder: where the two lie in a whole pipeline, such as
+            `text_encoder` and `tokenizer`; null for the folder itself.
+        revision: of the hub; null for the newest.
         max_tokens: of a caption; longer ones are cut.
         batch_size: captions at a time.
     """
 
     source: dict[str, Any]
     path: str
+    subfolder: str | None = None
+    tokenizer_subfolder: str | None = None
+    revision: str | None = None
     max_tokens: Count
     batch_size: Count
 
@@ -39,10 +45,11 @@ class EmbedCaptions:
         """Embed all splits' captions."""
         key = f"stages.{context.name}"
         texts = _captions(instantiate(self.source), key)
-        tokenizer = load_tokenizer(self.path, key=f"{key}.path")
-        encoder: Any = load_encoder(
-            self.path, task=None, dtype="float32", attn_implementation="sdpa", key=key
+        version = {"revision": self.revision}
+        tokenizer = load_tokenizer(
+            self.path, subfolder=self.tokenizer_subfolder, key=f"{key}.path", **version
         )
+        encoder = load_text_encoder(self.path, subfolder=self.subfolder, key=key, **version)
         most = getattr(encoder.config, "max_position_embeddings", None)
         if most is not None and self.max_tokens > most:
             raise UserError(
@@ -51,7 +58,7 @@ class EmbedCaptions:
             )
         tokenizer.model_max_length = self.max_tokens
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = encoder.to(device).eval()
+        encoder = encoder.to(device)
         states: list[Tensor] = []
         with WorkProgress(context.name, len(texts), "captions", context.console) as progress:
             for start in range(0, len(texts), self.batch_size):
@@ -70,7 +77,7 @@ class EmbedCaptions:
 
 
 def _captions(source: Pictures, key: str) -> Sequence[str]:
-    """Return each caption once, in alphabetical order.
+    """Return each caption once, and the empty one, in alphabetical order.
 
     Raises:
         UserError: for a source without captions.
@@ -83,4 +90,4 @@ def _captions(source: Pictures, key: str) -> Sequence[str]:
                 "expected data=emoji, or pictures with a caption each"
             )
         found |= set(samples.captions)
-    return sorted(found)
+    return sorted(found | {""})

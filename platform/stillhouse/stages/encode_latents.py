@@ -25,19 +25,23 @@ class EncodeLatents:
         source: node of a function that returns `Pictures`.
         path: the autoencoder, a folder of diffusers or an id of the hub.
         subfolder: where it lies in a whole pipeline, such as `vae`; null for the folder itself.
+        revision: of the hub; null for the newest.
         batch_size: pictures at a time.
     """
 
     source: dict[str, Any]
     path: str
-    subfolder: str | None
+    subfolder: str | None = None
+    revision: str | None = None
     batch_size: Count
 
     def __call__(self, context: StageContext) -> StageResult:
         """Encode all splits."""
         key = f"stages.{context.name}"
         source: Pictures = instantiate(self.source)
-        autoencoder = load_autoencoder(self.path, key=f"{key}.path", subfolder=self.subfolder)
+        autoencoder = load_autoencoder(
+            self.path, key=f"{key}.path", subfolder=self.subfolder, revision=self.revision
+        )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         autoencoder = autoencoder.to(device)
         count = sum(len(samples) for samples in source.splits.values())

@@ -84,11 +84,14 @@ def small_classifier(data: ImageData, *, width: Count, feature_width: Count) -> 
             "student: a classifier needs pictures with classes; expected data=digits, or another "
             "source with labels"
         )
+    mean, std = data.mean, data.std
+    assert isinstance(mean, float)
+    assert isinstance(std, float)
     return SmallClassifier(
         in_channels=data.image_shape[0],
         num_classes=len(data.classes),
         width=width,
         feature_width=feature_width,
-        mean=data.mean,
-        std=data.std,
+        mean=mean,
+        std=std,
     )

@@ -12,28 +12,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import UNet2DModel
+import diffusers
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stillhouse.data.images import ImageData
 from stillhouse.data.latents import VAE, LatentData
 from stillhouse.data.pictures.captions import TEXT_ENCODER, TOKENIZER, Captions
 from stillhouse.data.vocabulary import load_tokenizer
-from stillhouse.diffusion.paths import RECTIFIED_FLOW, flow
+from stillhouse.diffusion.paths import RECTIFIED_FLOW, epsilon, flow, numbered, v
 from stillhouse.diffusion.trigflow import TrigFlowView
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive
 from stillhouse.records.diffusion import Condition
 from stillhouse.students import few_step_pipeline, modeling_few_step
 from stillhouse.students.autoencoders import load_autoencoder
-from stillhouse.students.encoders import load_encoder
-from stillhouse.students.few_step_pipeline import FewStepPipeline
+from stillhouse.students.few_step_pipeline import FewStepPipeline, called, with_empty
+from stillhouse.students.hub_networks import NETWORKS, told_of_guidance
 from stillhouse.students.modeling_few_step import PointNetwork, SmallDiT
+from stillhouse.students.text_encoders import load_text_encoder
 
 INDEX = "model_index.json"
-COMPONENT = "transformer"
+COMPONENT, SCHEDULER, EMPTY = "transformer", "scheduler", "empty_caption.safetensors"
 OWN = {"SmallDiT": SmallDiT, "PointNetwork": PointNetwork}
+KNOWN = (*OWN, UNet2DModel.__name__, *NETWORKS)
+# The width of captions in the configs of networks, the first that there is.
+CAPTION_WIDTHS = ("caption_width", "caption_channels", "text_dim", "cross_attention_dim")
+PREDICTIONS = {"epsilon": epsilon, "v_prediction": v}
 
 
 class Denoiser(TrigFlowView):
@@ -42,14 +48,35 @@ class Denoiser(TrigFlowView):
     Args:
         model: of diffusers.
         unconditional: whether it knows samples of which nothing is said, as guidance needs them.
+        scheduler: of diffusers, for a model that predicts ε or v at its levels of noise; None for
+            a rectified flow.
+        empty: states of the empty caption [L, D], for a model of the hub, which is told it where
+            there is none.
+        sample_size: height and width of its samples; None for the model's own.
 
     Attributes:
-        model, unconditional: the same.
+        model, unconditional, scheduler, empty, sample_size: the same.
     """
 
-    def __init__(self, model: nn.Module, *, unconditional: bool = True) -> None:
-        super().__init__(_Called(model), RECTIFIED_FLOW, flow)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        unconditional: bool = True,
+        scheduler: Any = None,
+        empty: Tensor | None = None,
+        sample_size: int | None = None,
+    ) -> None:
+        called = _Called(model, empty)
+        if scheduler is None:
+            super().__init__(called, RECTIFIED_FLOW, flow)
+        else:
+            prediction = PREDICTIONS[scheduler.config["prediction_type"]]
+            super().__init__(called, numbered(scheduler.alphas_cumprod), prediction)
         self.unconditional = unconditional
+        self.empty = empty
+        self.scheduler = scheduler
+        self.sample_size = sample_size
 
     @property
     def model(self) -> Any:
@@ -60,8 +87,14 @@ class Denoiser(TrigFlowView):
     def sample_shape(self) -> tuple[int, ...]:
         """(C, H, W), or (D,) of points."""
         settings = self.model.config
-        side = settings.get("sample_size")
+        side = self.sample_size or settings.get("sample_size")
         return (settings["in_channels"], *([] if side is None else [side, side]))
+
+    @property
+    def caption_width(self) -> int:
+        """Width of the captions that it reads; 0 for none."""
+        found = [self.model.config.get(name) for name in CAPTION_WIDTHS]
+        return next((width for width in found if width), 0)
 
     def save(
         self,
@@ -96,7 +129,13 @@ class Denoiser(TrigFlowView):
             "guidance_scale": guidance_scale,
             "classes": list(data.told_classes),
             "unconditional": self.unconditional,
+            "sample_size": self.sample_size,
         }
+        if self.empty is not None:
+            save_file({"states": self.empty.contiguous()}, folder / EMPTY)
+        if self.scheduler is not None:
+            self.scheduler.save_pretrained(folder / SCHEDULER)
+            index[SCHEDULER] = ["diffusers", type(self.scheduler).__name__]
         if data.captions is not None:
             index |= copied_encoder(data.captions, folder)
         if isinstance(data, LatentData):
@@ -108,28 +147,24 @@ class Denoiser(TrigFlowView):
 class _Called(nn.Module):
     """Calls a model of diffusers by its own names."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, empty: Tensor | None) -> None:
         super().__init__()
         self.model = model
+        self.empty = None if empty is None else nn.Buffer(empty, persistent=False)
 
     def forward(
         self, x: Tensor, s: Tensor, condition: Condition, guidance_scale: Tensor | None
     ) -> Tensor:
-        if isinstance(self.model, UNet2DModel):
-            labels, classes = condition.labels, self.model.config["num_class_embeds"]
-            if classes is not None:
-                # It has no class for none: its last one stands for it.
-                none = torch.full((len(x),), classes - 1, device=x.device)
-                labels = none if labels is None else labels.where(labels >= 0, none)
-            return self.model(x, s, class_labels=labels).sample
-        return self.model(
-            x,
-            s,
-            class_labels=condition.labels,
-            encoder_hidden_states=condition.embeddings,
-            encoder_attention_mask=condition.mask,
-            guidance=guidance_scale,
-        ).sample
+        said = {
+            "class_labels": condition.labels,
+            "encoder_hidden_states": condition.embeddings,
+            "encoder_attention_mask": condition.mask,
+            "guidance": guidance_scale,
+        }
+        if self.empty is not None:
+            said = with_empty(said, self.empty, len(x))
+        # Cleaner than a scheduler's first level is its first level.
+        return called(self.model, x, s.clamp(min=0), said)
 
 
 def small_dit(
@@ -282,24 +317,41 @@ def load_denoiser(path: str, *, key: str, guidance_embeds: bool | None = None) -
         UserError: for a folder without such a pipeline.
     """
     index = pipeline_index(path, key=key)
-    name, unconditional = index[COMPONENT][1], bool(index["unconditional"])
-    folder = Path(path).expanduser() / COMPONENT
-    if name == UNet2DModel.__name__:
-        if guidance_embeds:
-            raise UserError(
-                f"student.guidance_embeds=true: the {name} of {key}={path} has no such input; "
-                "expected null, and one guidance scale"
-            )
-        return Denoiser(UNet2DModel.from_pretrained(folder), unconditional=unconditional)
-    kind = OWN[name]
-    if not guidance_embeds:
-        return Denoiser(kind.from_pretrained(folder), unconditional=unconditional)
-    settings = dict(kind.load_config(folder)) | {"guidance_embeds": True}
-    model: Any = kind.from_config(settings)
-    # What the folder does not have begins at 0, as the new network made it.
-    before = kind.from_pretrained(folder).state_dict()
-    model.load_state_dict(before, strict=False)
-    return Denoiser(model, unconditional=unconditional)
+    folder = Path(path).expanduser()
+    name = index[COMPONENT][1]
+    kind: Any = OWN[name] if name in OWN else getattr(diffusers, name)
+    model = kind.from_pretrained(folder / COMPONENT)
+    if guidance_embeds and not model.config.get("guidance_embeds", False):
+        model = _told_of_guidance(model, where=f"{key}={path}")
+    return Denoiser(
+        model,
+        unconditional=bool(index["unconditional"]),
+        scheduler=(
+            DDPMScheduler.from_pretrained(folder / SCHEDULER) if SCHEDULER in index else None
+        ),
+        empty=load_file(folder / EMPTY)["states"] if (folder / EMPTY).is_file() else None,
+        sample_size=index.get("sample_size"),
+    )
+
+
+def _told_of_guidance(model: Any, *, where: str) -> Any:
+    """Return the network with an input for the scale of guidance.
+
+    Raises:
+        UserError: for one that has no such input.
+    """
+    name = type(model).__name__
+    if "guidance_embeds" not in model.config:
+        raise UserError(
+            f"student.guidance_embeds=true: the {name} of {where} has no such input; expected "
+            "null, and one guidance scale"
+        )
+    if name not in OWN:
+        return told_of_guidance(model, where=where)
+    student: Any = OWN[name].from_config({**model.config, "guidance_embeds": True})
+    # What the model does not have begins at 0, as the new network made it.
+    student.load_state_dict(model.state_dict(), strict=False)
+    return student
 
 
 def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
@@ -309,21 +361,16 @@ def load_pipeline(path: str, *, key: str) -> FewStepPipeline:
         UserError: for a folder without such a pipeline.
     """
     index = pipeline_index(path, key=key)
-    names = ("times", "mean", "std", "guidance_scale", "classes", "unconditional")
-    settings = {name: index[name] for name in names}
+    names = ("times", "mean", "std", "guidance_scale", "classes", "unconditional", "sample_size")
+    settings: dict[str, Any] = {name: index.get(name) for name in names}
     if TEXT_ENCODER in index:
         folder = Path(path).expanduser()
         settings[TOKENIZER] = load_tokenizer(str(folder / TOKENIZER), key=key)
-        settings[TEXT_ENCODER] = load_encoder(
-            str(folder / TEXT_ENCODER),
-            task=None,
-            dtype="float32",
-            attn_implementation="sdpa",
-            key=key,
-        ).eval()
+        settings[TEXT_ENCODER] = load_text_encoder(str(folder / TEXT_ENCODER), key=key)
     if VAE in index:
         settings[VAE] = load_autoencoder(str(Path(path).expanduser() / VAE), key=key)
-    return FewStepPipeline(load_denoiser(path, key=key).model.eval(), **settings)
+    denoiser = load_denoiser(path, key=key)
+    return FewStepPipeline(denoiser.model.eval(), scheduler=denoiser.scheduler, **settings)
 
 
 def pipeline_index(path: str, *, key: str) -> Mapping[str, Any]:
@@ -341,10 +388,15 @@ def pipeline_index(path: str, *, key: str) -> Mapping[str, Any]:
             "the family timestep"
         ) from error
     name = index.get(COMPONENT, ["", ""])[1]
-    if name not in {*OWN, UNet2DModel.__name__}:
+    kind = index.get("_class_name")
+    if isinstance(kind, str) and kind != FewStepPipeline.__name__:
         raise UserError(
-            f"{key}={path}: its network is {name or 'missing'}; expected one of "
-            f"{', '.join([*OWN, UNet2DModel.__name__])}"
+            f"{key}={path}: a {kind} of diffusers; take its network over with a stage of "
+            f"conf/stage/take_denoiser.yaml, and name {key}=${{artifact:<stage>}}"
+        )
+    if name not in KNOWN:
+        raise UserError(
+            f"{key}={path}: its network is {name or 'missing'}; expected one of {', '.join(KNOWN)}"
         )
     return index
 
@@ -374,7 +426,7 @@ def check_shape(denoiser: Denoiser, data: ImageData, *, key: str, path: str) -> 
             f"{key}={path}: its samples are {' x '.join(map(str, denoiser.sample_shape))}, those "
             f"of data are {' x '.join(map(str, data.image_shape))}"
         )
-    width = denoiser.model.config.get("caption_width", 0)
+    width = denoiser.caption_width
     if width != data.caption_width:
         raise UserError(
             f"{key}={path}: its captions are {width} wide, those of data {data.caption_width}; 0 "

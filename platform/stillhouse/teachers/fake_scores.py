@@ -82,7 +82,7 @@ def _num_classes(network: Any) -> int | None:
 
 
 def _caption_width(network: Any) -> int | None:
-    return network.model.config.get("caption_width", 0) if isinstance(network, Denoiser) else None
+    return network.caption_width if isinstance(network, Denoiser) else None
 
 
 def lora(

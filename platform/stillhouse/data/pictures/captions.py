@@ -29,7 +29,7 @@ class Captions:
 
     Attributes:
         folder: where it lies.
-        captions: the texts, each once.
+        captions: the texts, each once, the empty one among them.
         states: of all tokens, one caption behind the other [T, D].
         ends: where in `states` a caption ends [N].
     """
@@ -48,6 +48,12 @@ class Captions:
     def width(self) -> int:
         """D."""
         return self.states.shape[1]
+
+    @property
+    def empty(self) -> Float[Tensor, "L D"]:
+        """States of the empty caption, which networks of the hub are told where there is none."""
+        states, mask = self.embedded([""])
+        return states[0, mask[0]]
 
     @cached_property
     def places(self) -> dict[str, int]:
