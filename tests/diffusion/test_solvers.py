@@ -5,14 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from stillhouse.diffusion import solvers
 from stillhouse.diffusion.guidance import fixed, guided, one_of
 from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.diffusion.paths import RECTIFIED_FLOW, along, flow
-from stillhouse.diffusion.times import log_normal, shifted_uniform, uniform
+from stillhouse.diffusion.times import (
+    log_normal,
+    scaled_linear_levels,
+    shifted_uniform,
+    uniform,
+)
 from stillhouse.diffusion.trigflow import TrigFlowView
 from stillhouse.errors import UserError
 from stillhouse.records.diffusion import Condition
@@ -203,3 +208,18 @@ def test_a_teacher_without_an_unconditional_branch_cannot_be_guided() -> None:
         "guided; expected 1, or teacher and fake score that were trained with "
         "method.condition_dropout above 0 and student.unconditional=true"
     )
+
+
+def test_levels_are_those_of_stable_diffusion() -> None:
+    """By diffusers' own ᾱ, all equally likely, between the shares that are asked for."""
+    kept = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).alphas_cumprod
+    angles = torch.acos(kept.double().sqrt())
+    t = scaled_linear_levels(20_000, torch.Generator().manual_seed(0), least=0.02, most=0.98)
+    level = (t[:, None] - angles).abs().argmin(1)
+    torch.testing.assert_close(t, angles[level], rtol=0, atol=1e-6)
+    assert (level.min(), level.max()) == (20, 980)
+    assert level.double().mean() == pytest.approx(500, abs=8)
+    with pytest.raises(UserError, match="expected least below most"):
+        scaled_linear_levels(1, torch.Generator(), least=0.5, most=0.2)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.errors import UserError
-from stillhouse.ranges import Finite, Positive, Share
+from stillhouse.ranges import Count, Finite, Positive, Share
 
 TimeSampler = Callable[[int, torch.Generator], Float[Tensor, "B"]]
 
@@ -68,6 +68,36 @@ def shifted_uniform(
     u = least + (most - least) * u
     s = shift * u / (1 + (shift - 1) * u)
     return torch.atan2(s, 1 - s)
+
+
+def scaled_linear_levels(
+    count: int,
+    generator: torch.Generator,
+    *,
+    beta_start: Positive = 0.00085,
+    beta_end: Positive = 0.012,
+    levels: Count = 1000,
+    least: Share = 0.0,
+    most: Share = 1.0,
+) -> Float[Tensor, "B"]:
+    """Return times of the levels of noise of Stable Diffusion, all equally likely.
+
+    Args:
+        count: B.
+        generator: on the CPU.
+        beta_start, beta_end: whose roots are the ends of a line, β of a level the square on it.
+        levels: T.
+        least, most: shares of T, between which a level lies.
+
+    Raises:
+        UserError: for a range that is none.
+    """
+    first, last = math.ceil(least * levels), min(math.floor(most * levels), levels - 1)
+    if not first < last:
+        raise UserError(f"times.least={least}, times.most={most}: expected least below most")
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, levels, dtype=torch.double).square()
+    kept = (1 - betas).cumprod(0)
+    return torch.acos(kept[torch.randint(first, last + 1, (count,), generator=generator)].sqrt())
 
 
 def uniform(count: int, generator: torch.Generator) -> Float[Tensor, "B"]:
