@@ -21,7 +21,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         network: is called as a whole; the members of its `nn.ModuleList`s are gathered one by one.
         mesh: of the data-parallel ranks.
     """
-    for module in list(network.modules()):
+    # Lists within members of lists first: what is shared already is no part of what lies around it.
+    for module in reversed(list(network.modules())):
         if isinstance(module, nn.ModuleList):
             for member in module:
                 if not isinstance(member, FSDPModule) and any(True for _ in member.parameters()):
