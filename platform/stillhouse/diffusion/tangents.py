@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from stillhouse.diffusion.dual_operations import dual_operations
 from stillhouse.diffusion.paths import along
@@ -41,9 +42,8 @@ def functional(
         x, t: where.
         x_dot, t_dot: along what.
     """
-    with torch.no_grad(), _exact(x), dual_operations():
-        F_x, J = torch.func.jvp(F, (x, t), (x_dot, t_dot))[:2]
-    return F_x, J
+    with torch.no_grad():
+        return _with_tangent(F, x, t, x_dot, t_dot)
 
 
 def one_pass(
@@ -61,9 +61,18 @@ def one_pass(
     Args:
         F, x, t, x_dot, t_dot: as in `functional`.
     """
-    with _exact(x), dual_operations():
-        F_x, J = torch.func.jvp(F, (x, t), (x_dot, t_dot))[:2]
+    F_x, J = _with_tangent(F, x, t, x_dot, t_dot)
     return F_x, J.detach()
+
+
+def _with_tangent(
+    F: Velocity, x: Tensor, t: Tensor, x_dot: Tensor, t_dot: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Not `torch.func.jvp`: what FSDP2 does to weights in a call is refused inside of a transform.
+    with _exact(x), dual_operations(), forward_ad.dual_level():
+        both = F(forward_ad.make_dual(x, x_dot), forward_ad.make_dual(t, t_dot))
+        F_x, J = forward_ad.unpack_dual(both)
+    return F_x, torch.zeros_like(F_x) if J is None else J
 
 
 def central_difference(

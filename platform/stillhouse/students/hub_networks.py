@@ -52,7 +52,8 @@ def network_of(path: str, *, revision: str | None, key: str) -> tuple[nn.Module,
                     f"{where}: the pipeline has {name}; expected one of {', '.join(NETWORKS)}"
                 )
             version = {"revision": revision, "subfolder": part}
-            model = getattr(diffusers, name).from_pretrained(place, **version)
+            kind: Any = getattr(diffusers, name)
+            model = kind.from_pretrained(place, torch_dtype=torch.float32, **version)
             scheduler: Any = None
             if part == "unet":
                 version["subfolder"] = "scheduler"
@@ -67,7 +68,7 @@ def network_of(path: str, *, revision: str | None, key: str) -> tuple[nn.Module,
             f"{where}: its scheduler says prediction_type={predicted}; expected one of "
             f"{', '.join(PREDICTED)}"
         )
-    return model.float(), scheduler
+    return model, scheduler
 
 
 def told_of_guidance(model: SanaTransformer2DModel, *, where: str) -> SanaTransformer2DModel:
@@ -93,4 +94,4 @@ def told_of_guidance(model: SanaTransformer2DModel, *, where: str) -> SanaTransf
     with torch.no_grad():
         last.weight.zero_()
         last.bias.zero_()
-    return student.to(model.dtype)
+    return student

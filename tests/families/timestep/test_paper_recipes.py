@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import saved_pictures
-from commands import TINY, only_run, run_here
+from commands import TINY, only_run, run_here, run_process
 from hub_pipelines import PIPELINES, TOKENS
 
 RECIPES = {
@@ -23,9 +23,10 @@ SMALLER = (
     "data.source.image_size=16",
     "data.source.validation=2",
     "data.source.test=4",
-    "trainer=default",
-    "trainer.devices=1",
 )
+ALONE = ("trainer=default", "trainer.devices=1")
+# Of 28 blocks two are left.
+FEATURES = ("stages.distil.family.discriminator.features=[network.model.transformer_blocks.1]",)
 
 
 @pytest.fixture
@@ -42,12 +43,8 @@ def test_all_stages_run(capfd, rows: Path, recipe: str) -> None:
     kind, network, steps = RECIPES[recipe]
     (rows / "pipeline").mkdir()
     PIPELINES[kind](rows / "pipeline")
-    more = []
-    if recipe == "sana_sprint_paper":
-        # Of 28 blocks two are left.
-        features = "stages.distil.family.discriminator.features"
-        more = [f"{features}=[network.model.transformer_blocks.1]"]
-    done = run_here(capfd, *TINY, f"experiment={recipe}", *SMALLER, *more)
+    more = FEATURES if recipe == "sana_sprint_paper" else ()
+    done = run_here(capfd, *TINY, f"experiment={recipe}", *SMALLER, *ALONE, *more)
     assert done.code == 0, done.err
     folder = only_run(rows / "outputs")
     results = json.loads((folder / "results.json").read_text())
@@ -65,3 +62,15 @@ def test_all_stages_run(capfd, rows: Path, recipe: str) -> None:
         "num_inference_steps=1",
     )
     assert drawn.code == 0, drawn.err
+
+
+@pytest.mark.slow
+def test_a_network_of_the_hub_is_shared_over_ranks(rows: Path) -> None:
+    """Tangents and turns of a network whose blocks have lists of their own, by the own trainer."""
+    (rows / "pipeline").mkdir()
+    PIPELINES["sana"](rows / "pipeline")
+    more = (*FEATURES, "trainer.devices=2", "stop_after=distil")
+    done = run_process(
+        *TINY, "experiment=sana_sprint_paper", *SMALLER, *more, folder=rows, cache=rows / "cache"
+    )
+    assert done.code == 0, done.err
