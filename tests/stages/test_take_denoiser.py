@@ -274,7 +274,7 @@ def refused(folder: Path, **changes: Any) -> str:
 def test_what_cannot_be_taken_over(tmp_path: Path, taken: Callable[[str], Path]) -> None:
     folder = taken("sana")
     assert refused(folder, path=str(tmp_path)).startswith(
-        f"stages.teacher.path={tmp_path}: no pipeline can be loaded: "
+        f"stages.teacher.path={tmp_path}: cannot be loaded: "
     )
     assert refused(folder, path=str(folder / "taken")) == (
         f"stages.teacher.path={folder / 'taken'}: it has been taken over; expected teacher.path="
@@ -284,7 +284,9 @@ def test_what_cannot_be_taken_over(tmp_path: Path, taken: Callable[[str], Path])
         "stages.teacher.data: the networks of pipelines are told captions; expected "
         "data.captions_path, of a stage of conf/stage/embed_captions.yaml"
     )
-    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer"]}'
+    )
     assert refused(folder, path=str(tmp_path)) == (
         f"stages.teacher.path={tmp_path}: the pipeline has FluxTransformer; expected one of "
         "UNet2DConditionModel, SanaTransformer2DModel, WanTransformer3DModel"

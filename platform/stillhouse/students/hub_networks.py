@@ -1,6 +1,8 @@
 """Text-to-image networks of the hub: read out of a pipeline of diffusers, and what they predict."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, SanaTransformer2DModel
 from torch import nn
 
-from stillhouse.data.vocabulary import one_line
 from stillhouse.errors import UserError
+from stillhouse.students.causal_lm import loading
+from stillhouse.students.few_step_pipeline import FewStepPipeline
 
 # Those that `few_step_pipeline.called` calls, by the name of their part in a pipeline.
 NETWORKS = {
@@ -35,33 +38,28 @@ def network_of(path: str, *, revision: str | None, key: str) -> tuple[nn.Module,
             something else than ε or v.
     """
     where = f"{key}={path}"
-    place = Path(path).expanduser()
-    place = str(place) if place.is_dir() else path
-    try:
-        with warnings.catch_warnings():
-            # diffusers' own use of the hub's client.
-            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
-            index: Any = DiffusionPipeline.load_config(place, revision=revision)
-            if "few_step_pipeline" in index.get("_class_name", ""):
-                raise UserError(f"{where}: it has been taken over; expected teacher.path={path}")
-            names = {part: index[part][1] for part in set(NETWORKS.values()) & set(index)}
-            name = next(iter(names.values()), "no network")
-            part = NETWORKS.get(name)
-            if part is None:
-                raise UserError(
-                    f"{where}: the pipeline has {name}; expected one of {', '.join(NETWORKS)}"
-                )
-            version = {"revision": revision, "subfolder": part}
-            kind: Any = getattr(diffusers, name)
-            model = kind.from_pretrained(place, torch_dtype=torch.float32, **version)
-            scheduler: Any = None
-            if part == "unet":
-                version["subfolder"] = "scheduler"
-                scheduler = DDPMScheduler.from_pretrained(place, **version)
-    except UserError:
-        raise
-    except Exception as error:  # the libraries below raise whatever a broken file makes them
-        raise UserError(f"{where}: no pipeline can be loaded: {one_line(error)}") from error
+    folder = Path(path).expanduser()
+    place = str(folder) if folder.is_dir() else path
+    with _loading(where):
+        index: Any = DiffusionPipeline.load_config(place, revision=revision)
+    if FewStepPipeline.__name__ in index["_class_name"]:
+        raise UserError(f"{where}: it has been taken over; expected teacher.path={path}")
+    names = [index[part][1] for part in ("unet", "transformer") if part in index]
+    part = NETWORKS.get(names[0]) if names else None
+    if part is None:
+        raise UserError(
+            f"{where}: the pipeline has {' and '.join(names) or 'no network'}; expected one of "
+            f"{', '.join(NETWORKS)}"
+        )
+    scheduler: Any = None
+    with _loading(where):
+        kind: Any = getattr(diffusers, names[0])
+        version = {"revision": revision, "torch_dtype": torch.float32}
+        model = kind.from_pretrained(place, subfolder=part, **version)
+        if part == "unet":
+            scheduler = DDPMScheduler.from_pretrained(
+                place, subfolder="scheduler", revision=revision
+            )
     predicted = "epsilon" if scheduler is None else scheduler.config["prediction_type"]
     if predicted not in PREDICTED:
         raise UserError(
@@ -69,6 +67,14 @@ def network_of(path: str, *, revision: str | None, key: str) -> tuple[nn.Module,
             f"{', '.join(PREDICTED)}"
         )
     return model, scheduler
+
+
+@contextmanager
+def _loading(where: str) -> Iterator[None]:
+    """Tell in one line what cannot be loaded, and let diffusers' own use of the hub be."""
+    with loading(where), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
+        yield
 
 
 def told_of_guidance(model: SanaTransformer2DModel, *, where: str) -> SanaTransformer2DModel:
