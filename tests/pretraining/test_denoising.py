@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from commands import ROOT
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from stillhouse.records.diffusion import UNCONDITIONAL, Condition, ImageBatch
 
 def method(name: str, **changes: Any) -> Callable[..., Any]:
     """Return a method as its YAML has it."""
-    node: Any = OmegaConf.load(ROOT / "conf" / "method" / f"{name}.yaml")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        node = compose(f"method/{name}").method
     return instantiate(OmegaConf.merge(node, changes))
 
 
