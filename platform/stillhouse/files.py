@@ -12,6 +12,8 @@ CONFIG = "config.yaml"
 RESULTS = "results.json"
 SERIES = "metrics.csv"
 MANIFEST = "manifest.json"
+# Stage -> address of its W&B run, where it was online.
+WANDB_URLS = "wandb_urls.json"
 
 
 def sha256_of(path: Path) -> str:

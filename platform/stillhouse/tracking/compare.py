@@ -1,5 +1,7 @@
 """The job `compare`: a table over runs, differences to a baseline, the curves, the trade-off.
 
+Beside the table and the pictures, one page holds all of it (`page`).
+
 Reading (`gather`), folding (`folding`, `baselines`, `tradeoff`) and writing (here) are apart: what
 is written is a function of records, whatever the form.
 """
@@ -26,6 +28,8 @@ from stillhouse.tracking.baselines import choose_baseline
 from stillhouse.tracking.folding import Cell, Group
 from stillhouse.tracking.gather import find_folders, read_runs
 from stillhouse.tracking.intervals import Estimate
+from stillhouse.tracking.page.page import REPORT, page
+from stillhouse.tracking.page.records import make_report
 from stillhouse.tracking.report import format_number
 from stillhouse.tracking.tradeoff import TradeOff, choose_quality, trade_off
 
@@ -43,7 +47,7 @@ class Sheet:
 
 
 def compare_runs(config: DictConfig, folder: Path) -> None:
-    """Compare the runs that `config` names; write `compare.csv`, `compare.md` and the pictures.
+    """Compare the runs that `config` names; write the table, the page and the pictures.
 
     Args:
         config: a `schema.Comparison`.
@@ -84,7 +88,20 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
     for sheet in sheets:
         print_sheet(sheet, console)
     used = sum(len(group.runs) for group in groups)
-    first_line = f"{used} run{'s' if used != 1 else ''}; made by `{command_line(config)}`"
+    command = command_line(config)
+    first_line = f"{used} run{'s' if used != 1 else ''}; made by `{command}`"
+    to = Path(config.to).expanduser()
+    report = make_report(
+        groups,
+        [*cells, *gaps],
+        metrics,
+        quality=choose_quality(metrics, config.x, config.y),
+        x=config.x,
+        baseline=config.baseline,
+        command=command,
+        warnings=warnings,
+        to=to,
+    )
 
     def write(target: Path) -> None:
         write_csv([*cells, *gaps], target / "compare.csv")
@@ -92,10 +109,11 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
         pictures = sorted(p.name for p in target.glob("*.png"))
         text = markdown(first_line, sheets, warnings, pictures)
         (target / "compare.md").write_text(text, encoding="utf-8")
+        (target / REPORT).write_text(page(report), encoding="utf-8")
 
-    to = Path(config.to).expanduser()
     names = publish(write, to)
     console.print(Text(f"{to}: {', '.join(names)}"))
+    console.print(Text(f"open {to / REPORT} in a browser: all of it on one page"))
 
 
 def main_sheet(cells: Sequence[Cell], metrics: Sequence[str]) -> Sheet:

@@ -53,7 +53,7 @@ def choose_quality(metrics: Sequence[str], x: str, y: str | None) -> str | None:
 
 def trade_off(groups: Sequence[Group], x: str, y: str) -> TradeOff:
     """Fold two metrics over the seeds; join the points of a role where the groups are a sweep."""
-    points, levels = _fold(groups, x, y)
+    points, levels = fold_points(groups, x, y)
     curves: dict[str, tuple[Point, ...]] = {}
     single: dict[tuple[str, str], Point] = {}
     labelled: dict[str, Point] = {}
@@ -71,7 +71,7 @@ def trade_off(groups: Sequence[Group], x: str, y: str) -> TradeOff:
     return TradeOff(x, y, curves, _short(single, recipes) | labelled, _short(levels, recipes))
 
 
-def _fold(
+def fold_points(
     groups: Sequence[Group], x: str, y: str
 ) -> tuple[dict[str, dict[str, Point]], dict[tuple[str, str], float]]:
     """Return role -> group -> point, and (group, role) -> y where there is no x."""

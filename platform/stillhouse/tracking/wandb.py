@@ -3,7 +3,7 @@
 A stage's run has the stage's name as its job type, so that the same curve of teacher, baseline and
 student lies in one chart. The x-axis is our own `step` (`define_metric`), since W&B's step cannot
 go back when a killed stage goes on. Run ids are kept in the run directory: a resumed stage writes
-to the run that it began.
+to the run that it began; the addresses of online ones lie beside them, for `compare`'s links.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from stillhouse.files import SERIES, write_json
+from stillhouse.files import SERIES, WANDB_URLS, write_json
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.runs import RunInfo
 
@@ -130,6 +130,7 @@ class WandbTracking:
             config={**run.config, "git": run.git, "stage": name, "config_hash": run.config_hash},
             settings=wandb.Settings(silent=True, console="off", quiet=True),
         )
+        _keep_url(run.folder / WANDB_URLS, name, wandb_run.url)
         try:
             wandb_run.define_metric("step")
             wandb_run.define_metric("*", step_metric="step")
@@ -138,3 +139,10 @@ class WandbTracking:
             wandb_run.finish(exit_code=1)
             raise
         wandb_run.finish()
+
+
+def _keep_url(path: Path, stage: str, url: str | None) -> None:
+    """Add a stage's address to the file; an offline run has none."""
+    if url:
+        urls = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, {**urls, stage: url})
