@@ -77,7 +77,7 @@ class Comparison:
         metrics: columns of the table; null shows every metric that one of the runs has.
         x: metric on the horizontal axis of the picture of quality.
         y: metric on its vertical axis; null takes `test_nll`, or else the table's first.
-        to: folder of `compare.csv`, `compare.md` and the pictures.
+        to: folder of `compare.csv`, `compare.md`, `report.html` and the pictures.
     """
 
     _target_: str = MISSING

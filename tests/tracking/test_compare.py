@@ -60,9 +60,9 @@ def test_the_job_writes_its_table_its_page_and_its_pictures(
     entries = [str(sweep), str(tmp_path / "bad")]
     compare_runs(job(runs=entries, baseline="student_alone", to=str(to)), tmp_path)
 
-    names = ["compare.csv", "compare.md", "loss.png", DEFAULT_PICTURE]
+    names = ["compare.csv", "compare.md", "loss.png", DEFAULT_PICTURE, "report.html"]
     assert sorted(p.name for p in to.iterdir()) == names
-    assert all((to / n).read_bytes().startswith(b"\x89PNG") for n in names[2:])
+    assert all((to / n).read_bytes().startswith(b"\x89PNG") for n in names[2:4])
 
     rows = rows_of(to / "compare.csv")
     assert tuple(rows[0]) == CSV_COLUMNS
@@ -102,13 +102,17 @@ def test_the_job_writes_its_table_its_page_and_its_pictures(
     assert "warning: " in printed
     assert "2.3 ± 0.3 (3)" in printed
     assert "-0.1 [-0.2242, 0.02421] (3)" in printed
-    assert printed.splitlines()[-1] == f"{to}: {', '.join(names)}"
+    assert printed.splitlines()[-2:] == [
+        f"{to}: {', '.join(names)}",
+        f"open {to / 'report.html'} in a browser: all of it on one page",
+    ]
 
 
 def test_without_series_and_sizes_there_are_no_pictures(tmp_path: Path) -> None:
     make_run(tmp_path / "a" / "0")
     compare_runs(job(runs=[str(tmp_path / "a")], to=str(tmp_path / "to")), tmp_path)
-    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["compare.csv", "compare.md"]
+    names = ["compare.csv", "compare.md", "report.html"]
+    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == names
     page = (tmp_path / "to" / "compare.md").read_text()
     assert page.startswith("1 run; made by `python run.py ")
     assert "Left out" not in page

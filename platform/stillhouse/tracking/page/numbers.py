@@ -79,18 +79,22 @@ def _cell(report: Report, group: Group, cell: Cell | None) -> Markup:
 def _value(report: Report, group: Group, cell: Cell) -> Markup:
     """Write a mean that opens into its repeats; a single number links to its run at once."""
     shown = element("data", format_number(cell.value.mean), value=repr(cell.value.mean))
-    own = group.values(cell.role, cell.metric)
     if cell.metric == folding.GAP_CLOSED:
-        return element("div", shown, element("span", _interval(cell.value), class_="interval"))
+        own = dict.fromkeys(group.values(cell.role, folding.GAP_METRIC))
+        spread = element("span", _interval(cell.value), class_="interval")
+    else:
+        own = group.values(cell.role, cell.metric)
+        spread = element("span", f" ± {format_number(cell.value.sd)}", class_="sd")
     runs = [run for run in group.runs if run.seed in own]
     if len(runs) == 1:
         return element("div", to_run(report, runs[0], shown), class_="single")
-    sd = element("span", f" ± {format_number(cell.value.sd)}", class_="sd")
-    repeats = [
-        element("li", f"seed {run.seed}: ", to_run(report, run, format_number(own[run.seed])))
-        for run in runs
-    ]
-    return element("details", element("summary", shown, sd), element("ul", *repeats))
+    repeats = [element("li", to_run(report, run, _repeat(run.seed, own[run.seed]))) for run in runs]
+    return element("details", element("summary", shown, spread), element("ul", *repeats))
+
+
+def _repeat(seed: int, number: float | None) -> str:
+    """Name a repeat; what is folded of several numbers has none of its own."""
+    return f"seed {seed}" if number is None else f"seed {seed}: {format_number(number)}"
 
 
 def _difference(cell: Cell) -> Markup | None:

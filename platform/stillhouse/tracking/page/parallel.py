@@ -17,6 +17,7 @@ MOST_KEYS = 8
 WIDTH, HEIGHT = 1080, 330
 TOP, BOTTOM, SIDE = 56, 300, 90
 LONGEST = 18
+APART = 2.4
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,13 @@ def _number_axis(
     # The ends are told; what would stand on another's number is not.
     for value in [low, high, *values]:
         if all(abs(scale(value) - at) > 0.07 for at, _ in ticks):
-            ticks.append((scale(value), f"{value:.4g}" if value < 1000 else svg.short(value)))
+            ticks.append((scale(value), _words(value)))
     places = tuple(None if n is None else scale(n) for n in numbers)
     return Axis(name, tuple(shown), places, tuple(ticks), result)
+
+
+def _words(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= value < 1e5 else svg.short(value, 4)
 
 
 def _results(report: Report) -> list[Axis]:
@@ -117,11 +122,9 @@ def _chart(report: Report, axes: Sequence[Axis]) -> Markup:
     gap = (WIDTH - 2 * SIDE) / max(1, len(axes) - 1)
     across = [SIDE + i * gap for i in range(len(axes))]
     lines = []
-    middle = (len(report.groups) - 1) / 2
     for g, group in enumerate(report.groups):
         points = [
-            # Settings of one value run beside each other.
-            (x, BOTTOM - (BOTTOM - TOP) * place + (0 if axis.result else 2.2 * (g - middle)))
+            (x, BOTTOM - (BOTTOM - TOP) * place + _aside(axis, g))
             for x, axis in zip(across, axes, strict=True)
             if (place := axis.places[g]) is not None
         ]
@@ -144,6 +147,12 @@ def _chart(report: Report, axes: Sequence[Axis]) -> Markup:
         width=WIDTH,
         height=HEIGHT,
     )
+
+
+def _aside(axis: Axis, index: int) -> float:
+    """Return how far a line is moved, so that settings of one value run beside each other."""
+    equal = [i for i, place in enumerate(axis.places) if place == axis.places[index]]
+    return APART * (equal.index(index) - (len(equal) - 1) / 2)
 
 
 def _axis(axis: Axis, x: float, index: int) -> Markup:

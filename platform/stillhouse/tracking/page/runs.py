@@ -15,7 +15,7 @@ def differences(report: Report) -> Markup:
     told = [v for v in report.varied if v.told]
     rest = [v for v in report.varied if not v.told]
     unread = [run for run in report.runs if not run.config]
-    notes = [f"{len(unread)} runs have no {CONFIG} that can be read."] if unread else []
+    notes = [f"Without a {CONFIG} that can be read: {len(unread)} of the runs."] if unread else []
     if len(report.groups) < 2:
         notes.append("One setting alone: there is nothing to differ from.")
     elif not report.varied:
