@@ -107,7 +107,7 @@ def _panel(report: Report, metric: str, stage: str, lines: Mapping[int, Band]) -
     steps = [s for band in lines.values() for s in band.steps]
     # Means alone decide the axis: a repeat's single leap would flatten every line.
     values = [v for band in lines.values() for v in band.mean]
-    x = svg.Scale(0, max(1, *steps, 1), svg.LEFT, svg.WIDTH - svg.RIGHT)
+    x = svg.Scale(0, max(1, *steps), svg.LEFT, svg.WIDTH - svg.RIGHT, whole=True)
     y = svg.scale(values, svg.HEIGHT - svg.BOTTOM, svg.TOP)
     marks = [_line(index, band, x, y) for index, band in lines.items()]
     name = f"{metric} of the stage {stage}"

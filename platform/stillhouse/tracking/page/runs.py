@@ -21,13 +21,13 @@ def differences(report: Report) -> Markup:
     elif not report.varied:
         notes.append("No key differs.")
     if len(rest) > MOST_KEYS:
-        notes.append(f"{len(rest) - MOST_KEYS} more keys differ and are left out.")
+        notes.append(f"Of {len(rest)} further keys that differ, {MOST_KEYS} are shown.")
     return join(
         [
             element("p", " ".join(notes), class_="missing") if notes else None,
             _keys(report, told, "Keys of the command lines") if told else None,
             unfolded(
-                f"{len(rest)} further keys of the configs",
+                f"{min(len(rest), MOST_KEYS)} further keys of the configs",
                 _keys(report, rest[:MOST_KEYS], "Further keys of the configs"),
             )
             if rest

@@ -26,6 +26,7 @@ class Scale:
         start: place.
         end: place.
         log: whether equal ratios take equal room.
+        whole: whether there is nothing between whole numbers.
     """
 
     low: float
@@ -33,6 +34,7 @@ class Scale:
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         """Return the place of a value."""
@@ -52,11 +54,15 @@ class Scale:
                 if len(inside) >= 3:
                     return inside[:: -(-len(inside) // 7)]
             # Less than a decade: round values as on a linear axis.
-        rough = (self.high - self.low) / 4
+        rough = (self.high - self.low) / 6
         if rough <= 0:
             return [self.low]
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
+        step = (
+            1.0
+            if self.whole and rough < 1
+            else next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
+        )
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [i * step for i in range(first, last + 1)]
 
