@@ -19,7 +19,7 @@ def test_one_failure_leaves_the_others_and_is_run_again_alone(capfd, here: Path)
         for number in "012"
     }
     assert status == {"0": "done", "1": "failed", "2": "done"}
-    assert "error: 1 of 3 jobs failed:\n  job 1 (" in done.err
+    assert "error: of 3 jobs 1 failed:\n  job 1 (seed=1): " in done.err
 
     blocked.unlink()
     before = {n: (here / "sweep" / n / "results.json").stat().st_mtime_ns for n in "02"}

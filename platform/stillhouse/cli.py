@@ -6,6 +6,7 @@ what is our own fault keeps its traceback (exit code 1).
 """
 
 import os
+import platform
 import shutil
 import sys
 import traceback
@@ -37,7 +38,6 @@ def main() -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run the command line `argv` and return the exit code."""
-    outcomes: list[arguments.Outcome] = []
     try:
         if arguments.wants_help(argv):
             print(arguments.help_text(config_folder()))
@@ -48,17 +48,27 @@ def run(argv: list[str]) -> int:
         if arguments.wants_config(argv):
             print(preflight.shown_config(argv, config_folder()), end="")
             return 0
-        _hydra(argv, outcomes)
+        try:
+            _hydra(argv)
+        finally:
+            unfinished = _tell_of_jobs(argv)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         raise
     except Exception as error:
         return _tell(error, argv)
-    if any(o.error for o in outcomes):
-        arguments.print_ledger(outcomes)
-        return 2
-    return 0
+    return 2 if unfinished else 0
+
+
+def _tell_of_jobs(argv: list[str]) -> bool:
+    """Say which jobs of a sweep did not come to their end; return whether there are any."""
+    if not {"-m", "--multirun"} & set(argv):
+        return False
+    from stillhouse.tracking import ledger
+
+    unfinished = [ledger.tell_unfinished(sweep) for sweep in ledger.taken()]
+    return any(unfinished)
 
 
 def _tell(error: Exception, argv: list[str]) -> int:
@@ -74,17 +84,13 @@ def _tell(error: Exception, argv: list[str]) -> int:
     return 2
 
 
-def _hydra(argv: list[str], outcomes: list[arguments.Outcome]) -> None:
+def _hydra(argv: list[str]) -> None:
     import hydra
-    from omegaconf import DictConfig
 
     from stillhouse.config import messages
 
-    def job(config: DictConfig) -> Any:
-        return run_job(config, outcomes)
-
     decorated = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="run")(
-        job
+        run_job
     )
     argv_before, sys.argv = sys.argv, [sys.argv[0], *argv]
     stderr_before, sys.stderr = sys.stderr, messages.WithoutHydrasOwn(sys.stderr)
@@ -101,10 +107,10 @@ def _hydra(argv: list[str], outcomes: list[arguments.Outcome]) -> None:
             os.environ["HYDRA_FULL_ERROR"] = users_own
 
 
-def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
+def run_job(config: Any) -> Any:
     """Run one composed job: the `_target_` of the primary config.
 
-    In a sweep, failures are collected in `outcomes` so that the other jobs go on.
+    In a sweep, a failure goes into its ledger, so that the other jobs go on.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -126,17 +132,23 @@ def run_job(config: Any, outcomes: list[arguments.Outcome]) -> Any:
         except Exception:
             _leave_nothing_begun(folder)
             raise
-    outcome = arguments.Outcome(str(hydra_config.job.num), hydra_config.job.override_dirname)
+    from stillhouse.tracking.ledger import Job
+
+    sweep = Path(hydra_config.sweep.dir).resolve()
+    place = Path(os.path.relpath(folder, sweep)).as_posix()
+    process = f"{platform.node()}:{os.getpid()}"
+    entry = Job(int(hydra_config.job.num), list(hydra_config.overrides.task), place, process)
+    if not config.plan:
+        entry.write(sweep)
     try:
         job(config, folder)
     except Exception as error:
         line = messages.one_line(error, [], config_folder())
         if line is None:
             traceback.print_exc()
-        outcome.error = line or f"{type(error).__name__}: {error}"
-        print(f"job {outcome.number} failed: {outcome.error}", file=sys.stderr)
-    finally:
-        outcomes.append(outcome)
+        reason = line or f"{type(error).__name__}: {error}"
+        entry.failed(reason).write(sweep)
+        print(f"job {entry.number} failed: {reason}", file=sys.stderr)
     return None
 
 

@@ -12,6 +12,8 @@ CONFIG = "config.yaml"
 RESULTS = "results.json"
 SERIES = "metrics.csv"
 MANIFEST = "manifest.json"
+# Held by the process that works in a run directory.
+LOCK = ".lock"
 # Stage -> address of its W&B run, where it was online.
 WANDB_URLS = "wandb_urls.json"
 

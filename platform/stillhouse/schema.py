@@ -68,6 +68,18 @@ class Recipe:
 
 
 @dataclass
+class Jobs:
+    """The job `jobs`: which sweep's ledger is shown.
+
+    Attributes:
+        sweep: its folder.
+    """
+
+    _target_: str = MISSING
+    sweep: str = MISSING
+
+
+@dataclass
 class Comparison:
     """The job `compare`: which runs, against what, and where the result goes.
 
@@ -169,6 +181,7 @@ def register_schemas() -> None:
     """Make the skeletons known to Hydra, as `recipe_schema` and so on."""
     store = ConfigStore.instance()
     store.store(name="recipe_schema", node=Recipe)
+    store.store(name="jobs_schema", node=Jobs)
     store.store(name="comparison_schema", node=Comparison)
     store.store(name="evaluation_schema", node=Evaluation)
     store.store(name="sampling_schema", node=Sampling)

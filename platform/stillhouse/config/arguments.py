@@ -1,7 +1,5 @@
-"""What the command line says before Hydra reads it: help, and the ledger of a sweep's jobs."""
+"""What the command line says before Hydra reads it, and help."""
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -22,6 +20,8 @@ Stillhouse: small fast models from large slow ones.
   python run.py resume=<run directory>              go on with a killed run
   python run.py debug=tiny                          the recipe in seconds (also: fast, overfit)
   python run.py --cfg job --resolve                 the config that would run
+  python run.py --config-name jobs sweep=<sweep directory>
+                                                    how far the jobs of a sweep are
   python run.py --config-name compare 'runs=[outputs/word_kd/*]' baseline=student_alone
                                                     a table over runs, curves, pictures
   python run.py --config-name evaluate run=<run directory>
@@ -43,21 +43,6 @@ AFTER = """
 Groups (key=option): {groups}
 Hydra's own options: --hydra-help
 """
-
-
-@dataclass
-class Outcome:
-    """How a job of a sweep ended.
-
-    Attributes:
-        number: of the job in its sweep.
-        overrides: what sets it apart.
-        error: one line, or None.
-    """
-
-    number: str
-    overrides: str
-    error: str | None = None
 
 
 def wants_help(argv: list[str]) -> bool:
@@ -143,15 +128,3 @@ def help_text(conf: Path) -> str:
         if group not in ("experiment", "stage")
     )
     return USAGE + "\n".join(lines) + "\n" + AFTER.format(groups=shown)
-
-
-def print_ledger(outcomes: list[Outcome]) -> None:
-    """Say which jobs of a sweep failed, and why."""
-    failed = [o for o in outcomes if o.error]
-    print(f"error: {len(failed)} of {len(outcomes)} jobs failed:", file=sys.stderr)
-    for outcome in failed:
-        print(f"  job {outcome.number} ({outcome.overrides}): {outcome.error}", file=sys.stderr)
-    print(
-        "run the same command with hydra.sweep.dir=<the sweep's folder> to run only these again",
-        file=sys.stderr,
-    )

@@ -13,6 +13,11 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     """Return the line to print for an error that the user can mend; None for a fault of ours."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if type(error).__name__ == "TerminatedWorkerError":
+        return (
+            "a worker of the launcher was killed from outside, perhaps for want of memory, and the "
+            "others ended with it; give hydra.launcher.n_jobs fewer"
+        )
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from stillhouse.config import overlay, preflight, signatures
 from stillhouse.config.essence import explain_differences
 from stillhouse.errors import UserError, did_you_mean
-from stillhouse.files import CONFIG, MANIFEST, SERIES, remove
+from stillhouse.files import CONFIG, LOCK, MANIFEST, SERIES, remove
 from stillhouse.stages import artifacts
 from stillhouse.stages.artifacts import Manifest
 from stillhouse.stages.stage import StageContext, StageResult
@@ -317,7 +317,7 @@ def _make_folder(folder: Path) -> None:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold a run directory; two processes in one would tear each other's checkpoints."""
     _make_folder(folder)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
