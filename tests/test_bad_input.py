@@ -136,7 +136,7 @@ KEYS_OF_WORD_KD = (
         (
             ["--config-name", "comparre"],
             "--config-name comparre: there is no such job; expected compare, evaluate, export, "
-            "run, sample; did you mean 'compare'?",
+            "jobs, run, sample; did you mean 'compare'?",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
