@@ -12,6 +12,7 @@ import secrets
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +21,41 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from stillhouse.files import SERIES, WANDB_URLS, write_json
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.runs import RunInfo
+from stillhouse.tracking.series import read_series
 
 IDS = "wandb_ids.json"
 
 
 class StepWandbLogger(WandbLogger):
-    """Lightning's logger with the step as an ordinary metric."""
+    """Lightning's logger with the step as an ordinary metric.
+
+    The client sends every 15 seconds: of a killed run the last steps are lacking, while those
+    behind its last checkpoint are done again. When training goes on, the file's rows make good
+    what lacks from step `lacking` on, and earlier steps are not sent again.
+    """
+
+    def __init__(self, run: Any, series: SeriesLogger, lacking: int | None) -> None:
+        super().__init__(experiment=run)
+        self._series = series
+        self._lacking = lacking
+        self._goes_on = lacking is not None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics of a step; the trainer's `epoch` is left out, a stage has one."""
-        kept = {name: value for name, value in metrics.items() if name != "epoch"}
-        self.experiment.log({**kept, "step": step})
+        if self._goes_on:
+            self._goes_on = False
+            self._make_good(step)
+        self._log(step, {name: value for name, value in metrics.items() if name != "epoch"})
+
+    def _make_good(self, before: int | None) -> None:
+        """Log the file's rows up to the step at which training goes on."""
+        rows = [r for r in read_series(self._series.path) if before is None or r[1] < before]
+        for step, group in groupby(rows, key=lambda row: row[1]):
+            self._log(step, {name: value for _, _, name, value in group})
+
+    def _log(self, step: int | None, metrics: Mapping[str, float]) -> None:
+        if self._lacking is None or step is None or step >= self._lacking:
+            self.experiment.log({**metrics, "step": step})
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Do nothing: the run's config was set when it began."""
@@ -39,10 +64,17 @@ class StepWandbLogger(WandbLogger):
 class WandbTracker:
     """One open W&B run."""
 
-    def __init__(self, run: Any, series: SeriesLogger) -> None:
+    def __init__(self, run: Any, series: SeriesLogger, lacking: int | None = None) -> None:
+        """Log to a run.
+
+        Args:
+            run: W&B's.
+            series: the file beside it.
+            lacking: first step of which W&B may lack a row; None for a stage that begins.
+        """
         self.run = run
         self.series = series
-        self._logger = StepWandbLogger(experiment=run)
+        self._logger = StepWandbLogger(run, series, lacking)
 
     @property
     def loggers(self) -> list[Logger]:
@@ -134,11 +166,28 @@ class WandbTracking:
         try:
             wandb_run.define_metric("step")
             wandb_run.define_metric("*", step_metric="step")
-            yield WandbTracker(wandb_run, SeriesLogger(folder / SERIES, name))
+            series = SeriesLogger(folder / SERIES, name)
+            yield WandbTracker(wandb_run, series, _first_lacking(wandb_run, series.path))
         except BaseException:
             wandb_run.finish(exit_code=1)
             raise
         wandb_run.finish()
+
+
+def _first_lacking(run: Any, series: Path) -> int | None:
+    """Return the first step of which W&B may lack a row, where a stage goes on online.
+
+    A stage that is made anew has no file yet; offline, W&B's files hold all that was logged.
+    """
+    if run.offline or run.disabled or not series.exists():
+        return None
+    last = run.summary.get("step") if run.resumed else None
+    if last is None:
+        return 0
+    # The summary may be ahead of the rows, which are numbered; a step has one row or more.
+    ahead = run.summary.get("_step", 0) + 1 - run.starting_step
+    steps = sorted({row[1] for row in read_series(series) if row[1] <= last})
+    return steps[max(0, len(steps) - 1 - ahead)] if steps else 0
 
 
 def _keep_url(path: Path, stage: str, url: str | None) -> None:
