@@ -90,6 +90,14 @@ def test_a_recipe_is_one_run_a_stage(capfd, here: Path) -> None:
     assert sizes["student_parameters"] == results["models"]["student"]["parameters"]
     assert sizes["teacher_parameters"] == results["models"]["teacher"]["parameters"]
 
+    # Offline the inputs are named in the config; W&B takes edges only online.
+    assert set(sizes["inputs"]) == {"teacher"}
+    (made,) = of_kind(found["distil"], "artifact")
+    assert made.name.startswith("distil-")
+    assert made.type == "Fit"
+    (entry,) = made.manifest.contents
+    assert entry.ref == (folder / "stages" / "distil" / "manifest.json").as_uri()
+
     metrics = of_kind(found["distil"], "metric")
     assert any(m.glob_name == "*" and m.step_metric == "step" for m in metrics)
     logged = [

@@ -155,6 +155,69 @@ def test_a_failed_stage_is_told_and_its_run_gone_on_with(
     assert server.unknown == []
 
 
+def test_teacher_cache_and_student_are_linked_by_reference(
+    capfd, here: Path, server: WandbStub
+) -> None:
+    done = run_here(capfd, *WANDB, "teacher=cached", "stages.alone=null", "stages.evaluate=null")
+    assert done.code == 0, done.err
+    assert server.unknown == []
+    folder = only_run(here / "outputs")
+    ids = json.loads((folder / "wandb_ids.json").read_text())
+    made = {a.name.partition("-")[0]: a for a in server.artifacts.values()}
+    assert set(made) == set(ids) == {"tokenizer", "teacher", "cache", "distil"}
+    assert {stage: a.made_by for stage, a in made.items()} == ids
+    edges = {(stage, run) for stage, a in made.items() for run in a.used_by}
+    assert edges >= {
+        ("teacher", ids["cache"]),
+        ("teacher", ids["distil"]),
+        ("cache", ids["distil"]),
+    }
+    assert made["distil"].used_by == []
+
+    for stage, artifact in made.items():
+        home = (folder / "stages" / stage).resolve()
+        manifest = json.loads((home / "manifest.json").read_text())
+        assert artifact.name == f"{stage}-{manifest['fingerprint'][:20]}"
+        assert artifact.committed
+        assert artifact.files == {}
+        (entry,) = artifact.manifest["contents"].values()
+        assert entry["ref"] == (home / "manifest.json").as_uri()
+        assert artifact.metadata["folder"] == str(home)
+        assert artifact.metadata["metrics"] == manifest["metrics"]
+        used = {(used, made[used].name) for used, run in edges if run == ids[stage]}
+        assert set(server.runs[ids[stage]].config.get("inputs", {}).items()) == used
+    assert (made["cache"].type, made["distil"].type) == ("CacheSignal", "Fit")
+
+
+def test_a_student_of_a_teacher_from_the_cache_meets_its_artifact(
+    capfd, here: Path, server: WandbStub
+) -> None:
+    words = (*WANDB, "stages.alone=null", "stages.evaluate=null")
+    assert run_here(capfd, *words, "seed=0").code == 0
+    assert run_here(capfd, *words, "seed=1").code == 0
+    (teacher,) = (a for a in server.artifacts.values() if a.name.startswith("teacher-"))
+    students = [r.id for r in server.runs.values() if r.fields["jobType"] == "distil"]
+    assert len(students) == 2
+    assert sorted(teacher.used_by) == sorted(students)
+    assert teacher.made_by == server.run_of("teacher").id
+
+
+def test_files_are_uploaded_when_asked_and_nothing_is_told_when_not(
+    capfd, here: Path, server: WandbStub
+) -> None:
+    words = (*WANDB, "experiment=sft", "stages.evaluate=null")
+    assert run_here(capfd, *words, "tracking.upload=true").code == 0
+    folder = only_run(here / "outputs")
+    (student,) = (a for a in server.artifacts.values() if a.name.startswith("train-"))
+    for name in ("model.safetensors", "config.json", "manifest.json"):
+        assert student.files[name] == (folder / "stages" / "train" / name).read_bytes()
+
+    server.artifacts.clear()
+    assert run_here(capfd, *words, "tracking.lineage=false", "seed=1").code == 0
+    assert server.artifacts == {}
+    assert all("inputs" not in r.config for r in server.runs.values() if r.config["seed"] == 1)
+
+
 def test_the_runs_of_a_sweep_are_one_group(capfd, here: Path, server: WandbStub) -> None:
     words = ("experiment=sft", "stages.evaluate=null", "hydra.sweep.dir=sweeps/lengths")
     done = run_here(capfd, "--multirun", *WANDB, *words, "seed=0,1")

@@ -62,6 +62,7 @@ class StubArtifact:
     """
 
     id: str
+    project: str
     name: str
     type: str
     digest: str
@@ -210,6 +211,7 @@ class WandbStub:
         if known is None:
             known = StubArtifact(
                 f"artifact{len(self.artifacts)}",
+                input["projectName"],
                 name,
                 input["artifactTypeName"],
                 digest,
@@ -253,6 +255,40 @@ class WandbStub:
     def _on_use_artifact(self, input: Json) -> Json:
         self.artifacts[input["artifactID"]].used_by.append(input["runName"])
         return {"useArtifact": {"artifact": {"id": input["artifactID"]}}}
+
+    def _on_artifact_by_id(self, id: str) -> Json:
+        known = self.artifacts[id]
+        artifact = {
+            "__typename": "Artifact",
+            "id": id,
+            "artifactSequence": {
+                "__typename": "ArtifactSequence",
+                "name": known.name,
+                "project": {
+                    "id": "project",
+                    "internalId": "project",
+                    "name": known.project,
+                    "entity": {"name": ENTITY},
+                },
+            },
+            "versionIndex": 0,
+            "artifactType": {"name": known.type},
+            "description": None,
+            "metadata": json.dumps(known.metadata),
+            "ttlDurationSeconds": -2,
+            "ttlIsInherited": True,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": 0,
+            "digest": known.digest,
+            "commitHash": None,
+            "fileCount": len(known.manifest["contents"]),
+            "createdAt": "2020-01-01T00:00:00Z",
+            "updatedAt": None,
+            "aliases": [],
+        }
+        return {"artifact": artifact}
 
     def _place(self, owner: str, name: str) -> str:
         return f"{self.url}/put/{owner}/{name}"

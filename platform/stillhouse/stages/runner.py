@@ -28,6 +28,7 @@ from stillhouse.stages import artifacts
 from stillhouse.stages.artifacts import Manifest
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.stages.workspace import Workspace
+from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.report import print_outcome
 from stillhouse.tracking.runs import RunRecord, describe_run, is_sweep, read_results
 from stillhouse.tracking.tracker import Tracking
@@ -214,9 +215,8 @@ def _make(
     begun_by.write_text(fingerprint)
     began = time.monotonic()
     node = workspace.node(stage)
-    with tracking.stage(
-        record.info, stage, node["_target_"].rpartition(".")[2], scratch
-    ) as tracker:
+    with tracking.stage(record.info, stage, workspace.kind(stage), scratch) as tracker:
+        tracker.uses([_as_told(needed, workspace) for needed in sorted(workspace.needs(stage))])
         result: StageResult = instantiate(node, _recursive_=False, _convert_="all")(
             StageContext(stage, output, scratch, tracker, console)
         )
@@ -231,8 +231,15 @@ def _make(
             metrics=result.metrics,
             models=result.models,
         )
+        tracker.made(_as_told(stage, workspace))
     remove(scratch)
     return manifest
+
+
+def _as_told(stage: str, workspace: Workspace) -> StageArtifact:
+    return StageArtifact(
+        stage, workspace.kind(stage), workspace.fingerprint(stage), workspace.home(stage)
+    )
 
 
 def _keep_product(stage: str, workspace: Workspace) -> None:

@@ -107,6 +107,10 @@ class Workspace:
         """Whether a stage's artifact lives in the cache: made on demand, once for all runs."""
         return bool(self.config.stages[stage].get("shared", False))
 
+    def kind(self, stage: str) -> str:
+        """Return the name of a stage's class."""
+        return self.config.stages[stage]["_target_"].rpartition(".")[2]
+
     def home(self, stage: str) -> Path:
         """Return the folder that really holds a stage's artifact."""
         if self.shared(stage):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from lightning.pytorch.loggers import Logger
 
 from stillhouse.files import SERIES
+from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.runs import RunInfo
 
@@ -18,6 +19,14 @@ class StageTracker(Protocol):
     @property
     def loggers(self) -> list[Logger]:
         """Lightning's loggers of step series."""
+        ...
+
+    def uses(self, inputs: Sequence[StageArtifact]) -> None:
+        """Say which artifacts the stage is made from."""
+        ...
+
+    def made(self, output: StageArtifact) -> None:
+        """Say which artifact the stage made, once it stands."""
         ...
 
     def describe(self, facts: Mapping[str, Any]) -> None:
@@ -66,6 +75,12 @@ class FileTracker:
     def loggers(self) -> list[Logger]:
         """The CSV series, or nothing."""
         return [self.series] if self.series is not None else []
+
+    def uses(self, inputs: Sequence[StageArtifact]) -> None:
+        """Do nothing: the stage's node names its inputs."""
+
+    def made(self, output: StageArtifact) -> None:
+        """Do nothing: the artifact has its manifest."""
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Do nothing: `config.yaml` and the stage's metrics hold the facts."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from stillhouse.files import SERIES, WANDB_URLS, write_json
+from stillhouse.tracking.lineage import StageArtifact, as_wandb_artifact
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.runs import RunInfo
 from stillhouse.tracking.series import read_series
@@ -64,16 +65,22 @@ class StepWandbLogger(WandbLogger):
 class WandbTracker:
     """One open W&B run."""
 
-    def __init__(self, run: Any, series: SeriesLogger, lacking: int | None = None) -> None:
+    def __init__(
+        self, run: Any, series: SeriesLogger, lacking: int | None, *, lineage: bool, upload: bool
+    ) -> None:
         """Log to a run.
 
         Args:
             run: W&B's.
             series: the file beside it.
             lacking: first step of which W&B may lack a row; None for a stage that begins.
+            lineage: whether artifacts are told.
+            upload: whether their files are sent.
         """
         self.run = run
         self.series = series
+        self.lineage = lineage and not run.disabled
+        self.upload = upload
         self._logger = StepWandbLogger(run, series, lacking)
 
     @property
@@ -81,9 +88,22 @@ class WandbTracker:
         """The CSV series and W&B."""
         return [self.series, self._logger]
 
+    def uses(self, inputs: Sequence[StageArtifact]) -> None:
+        """Name the inputs in the run's config and, which W&B can do only online, as its inputs."""
+        if self.lineage:
+            self.describe({"inputs": {used.stage: used.name for used in inputs}})
+        if self.lineage and not self.run.offline:
+            for used in inputs:
+                self.run.use_artifact(as_wandb_artifact(used, upload=self.upload))
+
+    def made(self, output: StageArtifact) -> None:
+        """Log the artifact as the run's output."""
+        if self.lineage:
+            self.run.log_artifact(as_wandb_artifact(output, upload=self.upload))
+
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Add facts to the run's config."""
-        self.run.config.update(dict(facts))
+        """Add facts to the run's config; a stage that is made anew may have others."""
+        self.run.config.update(dict(facts), allow_val_change=True)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a `wandb.Table`."""
@@ -117,6 +137,8 @@ class WandbTracking:
         mode: Literal["auto", "online", "offline", "disabled"] = "auto",
         group: str | None = None,
         tags: list[str] | None = None,
+        lineage: bool = True,
+        upload: bool = False,
     ) -> None:
         """Describe where runs go.
 
@@ -126,12 +148,16 @@ class WandbTracking:
             mode: `online`, `offline`, `disabled`, or `auto`: online with an API key, else offline.
             group: of the runs; null takes the sweep, or the run itself.
             tags: of the runs; the recipe's name and the stage's class are added.
+            lineage: whether artifacts and their edges are told, by reference.
+            upload: whether the artifacts' files, weights among them, are sent too.
         """
         self.project = project
         self.entity = entity
         self.mode = mode
         self.group = group
         self.tags = tags or []
+        self.lineage = lineage
+        self.upload = upload
 
     @contextmanager
     def stage(self, run: RunInfo, name: str, kind: str, folder: Path) -> Iterator[WandbTracker]:
@@ -167,7 +193,8 @@ class WandbTracking:
             wandb_run.define_metric("step")
             wandb_run.define_metric("*", step_metric="step")
             series = SeriesLogger(folder / SERIES, name)
-            yield WandbTracker(wandb_run, series, _first_lacking(wandb_run, series.path))
+            lacking = _first_lacking(wandb_run, series.path)
+            yield WandbTracker(wandb_run, series, lacking, lineage=self.lineage, upload=self.upload)
         except BaseException:
             wandb_run.finish(exit_code=1)
             raise
