@@ -12,7 +12,7 @@ from tracking.wandb_stub import ENTITY, KEY, WandbStub, wandb_stub
 
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.series import read_series
-from stillhouse.tracking.wandb import StepWandbLogger
+from stillhouse.tracking.wandb import MARGIN, StepWandbLogger
 
 WANDB = (*(a for a in TINY if a != "tracking=csv"), "tracking=wandb")
 
@@ -282,9 +282,9 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run(
     assert server.run_of("train") is train
     assert train.history[: len(before)] == before
     assert (train.begun, train.asked, train.exit_codes) == (2, 1, [0])
-    # What was logged between the last sending and the kill is there too; the step at the seam may
-    # lie there twice.
+    # What was logged between the last sending and the kill is there too; steps at the seam may lie
+    # there twice.
     steps = [row["step"] for row in train.history if "train_loss" in row]
     assert sorted(set(steps)) == list(range(600))
-    assert len(steps) <= 602
+    assert len(steps) <= 602 + MARGIN
     assert values(train.history) == values_in(folder / "metrics.csv", "train")

@@ -25,6 +25,9 @@ from stillhouse.tracking.runs import RunInfo
 from stillhouse.tracking.series import read_series
 
 IDS = "wandb_ids.json"
+# Steps that are sent again at the seam of a resumed stage: what was on its way when the run was
+# killed may have come to the summary and not to the rows.
+MARGIN = 5
 
 
 class StepWandbLogger(WandbLogger):
@@ -214,7 +217,7 @@ def _first_lacking(run: Any, series: Path) -> int | None:
     # The summary may be ahead of the rows, which are numbered; a step has one row or more.
     ahead = run.summary.get("_step", 0) + 1 - run.starting_step
     steps = sorted({row[1] for row in read_series(series) if row[1] <= last})
-    return steps[max(0, len(steps) - 1 - ahead)] if steps else 0
+    return steps[max(0, len(steps) - 1 - ahead - MARGIN)] if steps else 0
 
 
 def _keep_url(path: Path, stage: str, url: str | None) -> None:
