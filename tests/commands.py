@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from stillhouse import cli
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +89,13 @@ def only_run(outputs: Path) -> Path:
     """Return the one run directory below a folder of outputs."""
     (results,) = outputs.glob("*/*/results.json")
     return results.parent
+
+
+def fail_at_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stage of language models train, and fail when it hands its student on."""
+    from stillhouse.families.sequence.module import SequenceDistiller
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(SequenceDistiller, "export", fail)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TINY, only_run, run_here
+from commands import TINY, fail_at_export, only_run, run_here
 from wandb.proto import wandb_internal_pb2
 
 from stillhouse.tracking.runs import RunInfo
@@ -122,13 +122,8 @@ def test_a_recipe_is_one_run_a_stage(capfd, here: Path) -> None:
 def test_a_failed_stage_is_shown_as_failed_and_resumed_in_the_same_run(
     capfd, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stillhouse.families.sequence.module import SequenceDistiller
-
-    def fail(*args: object) -> None:
-        raise RuntimeError("on purpose")
-
     with monkeypatch.context() as broken:
-        broken.setattr(SequenceDistiller, "export", fail)
+        fail_at_export(broken)
         assert run_here(capfd, *WANDB, "experiment=sft").code == 1
     folder = only_run(here / "outputs")
     ids = json.loads((folder / "wandb_ids.json").read_text())

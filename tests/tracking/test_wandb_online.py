@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TINY, kill, only_run, run_here, run_process, start_process
+from commands import TINY, fail_at_export, kill, only_run, run_here, run_process, start_process
 from tracking.wandb_stub import ENTITY, KEY, WandbStub, wandb_stub
 
 from stillhouse.tracking.loggers import SeriesLogger
@@ -122,13 +122,8 @@ def test_series_summary_and_samples_are_those_of_the_run_directory(
 def test_a_failed_stage_is_told_and_its_run_gone_on_with(
     capfd, here: Path, server: WandbStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stillhouse.families.sequence.module import SequenceDistiller
-
-    def fail(*args: object) -> None:
-        raise RuntimeError("on purpose")
-
     with monkeypatch.context() as broken:
-        broken.setattr(SequenceDistiller, "export", fail)
+        fail_at_export(broken)
         assert run_here(capfd, *WANDB, "experiment=sft").code == 1
     folder = only_run(here / "outputs")
     ids = json.loads((folder / "wandb_ids.json").read_text())
