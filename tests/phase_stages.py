@@ -9,18 +9,18 @@ import lightning.pytorch as pl
 import torch
 from generators import POINTS, data_of, point_generator
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
+from sharded_trainers import Sharing, strategy_of
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from training import bare_trainer
 
 from stillhouse.families.optimizers import adamw
-from stillhouse.families.sharding import whole_weights
 from stillhouse.families.timestep.module import TimestepDistiller
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.families.timestep.turns import Turn
 from stillhouse.records.diffusion import ImageBatch
 from stillhouse.records.losses import LossTerms
+from stillhouse.sharding import whole_weights
 from stillhouse.stages import ranks
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.discriminators import mlp_head, on_features
@@ -132,21 +132,24 @@ class TwoCycles:
 
     Attributes:
         devices: ranks.
-        sharded: whether they share the networks' weights, or each has all.
+        sharing: what else they share.
     """
 
     devices: int
-    sharded: bool = False
+    sharing: Sharing = Sharing.NOTHING
 
     def __call__(self, context: StageContext) -> StageResult:
         """Train; leave what every rank had behind every step."""
         losses = {"student": everything, "critic": without_the_student}
         losses["judge"] = without_the_student
-        module, watch = taking_turns_by(losses, optimizer=descent), Watch(last=self.sharded)
+        module, watch = (
+            taking_turns_by(losses, optimizer=descent),
+            Watch(last=self.sharing is not Sharing.NOTHING),
+        )
         trainer = bare_trainer(
             context.scratch,
             devices=self.devices,
-            strategy=self._strategy(),
+            strategy=strategy_of(self.devices, self.sharing, ddp="ddp_find_unused_parameters_true"),
             max_steps=len(CYCLES),
             limit_val_batches=0,
             gradient_clip_val=0.1,
@@ -158,12 +161,3 @@ class TwoCycles:
             trainer.fit(module, datamodule=data_of(POINTS, batch_size=8 // self.devices))
         torch.save(watch.seen, context.output / f"seen_{trainer.global_rank}.pt")
         return StageResult(metrics=module.summary())
-
-    def _strategy(self) -> Any:
-        if self.sharded:
-            return ModelParallelStrategy(
-                data_parallel_size=self.devices,
-                tensor_parallel_size=1,
-                save_distributed_checkpoint=False,
-            )
-        return "ddp_find_unused_parameters_true" if self.devices > 1 else "auto"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from sharded_trainers import Sharing, strategy_of
 from training import bare_trainer, plain_sgd
 
 from stillhouse.data.language import KeptBatches
@@ -18,6 +19,7 @@ from stillhouse.families.sequence.module import SequenceDistiller
 from stillhouse.families.sequence.word_kd import word_kd
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
+from stillhouse.sharding import whole
 from stillhouse.stages import ranks
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.students.shared_attention import share_attention
@@ -88,11 +90,13 @@ class OneStep:
 
     Attributes:
         devices: ranks that share the documents.
+        sharing: what else they share.
         student: makes it from a seed.
         fault: what goes wrong on rank 1, if anything.
     """
 
     devices: int = 2
+    sharing: Sharing = Sharing.NOTHING
     student: Callable[[int], Any] = tiny_gpt2
     fault: Literal["at the start", "diverged", "killed", "a fault of ours"] | None = None
 
@@ -106,7 +110,7 @@ class OneStep:
         trainer = bare_trainer(
             context.scratch,
             devices=self.devices,
-            strategy="ddp" if self.devices > 1 else "auto",
+            strategy=strategy_of(self.devices, self.sharing),
             max_steps=1,
             accumulate_grad_batches=len(DOCUMENTS) // self.devices,
             val_check_interval=len(DOCUMENTS) // self.devices,
@@ -117,7 +121,7 @@ class OneStep:
         with ranks.joined(self, context, trainer):
             own = batches[trainer.global_rank :: self.devices]
             trainer.fit(module, KeptBatches(own), KeptBatches(batches[:3]))
-        after = list(module.student.parameters())
+            after = [whole(p.detach()) for p in module.student.parameters()]
         update = torch.cat([(b - a).flatten() for b, a in zip(before, after, strict=True)])
         torch.save(update.detach(), context.output / f"update_{trainer.global_rank}.pt")
         torch.save(torch.rand(4), context.output / f"draw_{trainer.global_rank}.pt")

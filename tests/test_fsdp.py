@@ -1,4 +1,4 @@
-"""`trainer=fsdp`: a run whose ranks share the student's weights, killed and gone on with."""
+"""`trainer=fsdp`: runs whose ranks share weights; killed and gone on with."""
 
 import random
 import signal
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TINY, only_run, run_here, run_process, start_process
+from commands import TINY, only_run, run_process, start_process
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModel
 
 SHARED = (
     *TINY,
@@ -22,13 +24,28 @@ SHARED = (
 )
 
 
-def test_a_family_that_calls_parts_of_its_student_is_refused(capfd, here: Path) -> None:
-    done = run_here(capfd, *TINY, "trainer=fsdp", "trainer.devices=1", "stop_after=distil")
-    assert done.code == 2
-    assert done.err == (
-        "error: trainer.strategy: this family calls parts of a student by themselves, which a "
-        "sharded one does not allow; expected trainer=ddp\n"
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["word_kd", "echoatt", "ernie_tiny"])
+def test_two_processes_that_share_weights_are_one_on_the_whole_batch(
+    tmp_path: Path, recipe: str
+) -> None:
+    """The teacher's weights too, in every stage that trains; the student is an ordinary folder."""
+    ran = (*TINY, f"experiment={recipe}", "trainer.max_steps=4", "trainer.val_check_interval=2")
+    shared = ("trainer=fsdp", "trainer.strategy.shard_teacher=true", "data.batch_size=2")
+    folders = []
+    for name, arguments in (("one", ["data.batch_size=4"]), ("two", shared)):
+        (tmp_path / name).mkdir()
+        # The student is the last of its stages; a cache of its own, for all that trains on the way.
+        done = run_process(*ran, *arguments, folder=tmp_path / name, cache=tmp_path / name / "c")
+        assert done.code == 0, done.err
+        assert done.err == ""
+        folders.append(only_run(tmp_path / name / "outputs"))
+    assert not list(folders[1].rglob("rank_*.log"))
+    one, two = (AutoModel.from_pretrained(folder / "student") for folder in folders)
+    assert type(two) is type(one)
+    weights = dict(two.named_parameters())
+    for name, tensor in one.named_parameters():
+        assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

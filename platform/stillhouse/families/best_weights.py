@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stillhouse.errors import TrainingDiverged, UserError, did_you_mean
 from stillhouse.families.distiller import Distiller
-from stillhouse.families.sharding import like, whole
 from stillhouse.ranges import Count
+from stillhouse.sharding import like, whole
 
 # What families log at a validation is called so.
 VALIDATION = "val_"

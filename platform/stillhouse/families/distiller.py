@@ -15,7 +15,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from stillhouse.errors import TrainingDiverged, UserError
-from stillhouse.families.sharding import empty, filled, is_sharded, own_part, shard, whole_weights
+from stillhouse.families.strategies import FullyShardedStrategy
+from stillhouse.sharding import (
+    empty,
+    filled,
+    is_sharded,
+    own_part,
+    reshard,
+    shard,
+    whole_weights,
+)
 
 OptimizerBuilder = Callable[[nn.Module, int], OptimizerLRScheduler]
 
@@ -30,11 +39,12 @@ class Distiller(pl.LightningModule):
     Attributes:
         unit: what `units_seen` counts and the progress bar shows per second.
         units_seen: how much the student was trained on so far, by all ranks together.
-        can_be_sharded: whether networks are called as wholes only.
+        reads_inner_layers: whether a loss reads what no member of a network's lists hands on, such
+            as queries and keys.
     """
 
     unit = "samples"
-    can_be_sharded = False
+    reads_inner_layers = False
 
     def __init__(
         self,
@@ -61,21 +71,43 @@ class Distiller(pl.LightningModule):
         return [self.student]
 
     def configure_model(self) -> None:
-        """Share what learns over the ranks where the strategy says so, once.
-
-        Raises:
-            UserError: in a family that cannot.
-        """
-        if self.device_mesh is None or self._plain:
+        """Share what learns over the ranks where the strategy says so, and the teacher, once."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, FullyShardedStrategy) or self._plain:
             return
-        if not self.can_be_sharded:
-            raise UserError(
-                "trainer.strategy: this family calls parts of a student by themselves, which a "
-                "sharded one does not allow; expected trainer=ddp"
-            )
         self._plain = (empty(self.student),)
-        for network in self.learning():
-            shard(network, self.device_mesh["data_parallel"])
+        networks = self.learning()
+        if strategy.shard_teacher and self.teacher is not None:
+            networks.append(self.teacher)
+        mesh = strategy.device_mesh["data_parallel"]
+        for network in networks:
+            shard(network, mesh, let_go=not self.reads_inner_layers)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gather weights as they are by now."""
+        self._reshard()
+
+    def on_validation_batch_start(
+        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Gather weights as they are by now."""
+        self._reshard()
+
+    def _reshard(self) -> None:
+        for network in (*self.learning(), self.teacher):
+            if network is not None:
+                reshard(network)
+
+    def is_own(self, batch_idx: int) -> bool:
+        """Return whether a validation batch is this rank's to measure."""
+        return batch_idx % self.trainer.world_size == self.global_rank
+
+    def is_called_on(self, batch_idx: int) -> bool:
+        """Return whether this rank calls its networks on a validation batch.
+
+        All do that share weights, and measure their own.
+        """
+        return self.is_own(batch_idx) or any(is_sharded(network) for network in self.learning())
 
     def gather(self) -> None:
         """Make the student whole again, on every rank, after training."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from stillhouse.errors import UserError
 from stillhouse.families.best_weights import learnt_tensors
 from stillhouse.families.distiller import Distiller
-from stillhouse.families.sharding import like, whole
 from stillhouse.ranges import Share
+from stillhouse.sharding import like, whole
 
 
 class MovingAverage(pl.Callback):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stillhouse.families.sharding import own_part
 from stillhouse.records.losses import LossTerms
+from stillhouse.sharding import own_part
 
 
 class WindowMeans:

@@ -102,8 +102,10 @@ class ImageClassifier(Distiller):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Keep which of this rank's pictures are told right."""
-        if batch_idx % self.trainer.world_size == self.global_rank:
-            found = self.student(batch.x_0).logits.argmax(1)
+        if not self.is_called_on(batch_idx):
+            return
+        found = self.student(batch.x_0).logits.argmax(1)
+        if self.is_own(batch_idx):
             self._right.append((found == batch.condition.labels).cpu())
 
     def on_validation_epoch_end(self) -> None:

@@ -150,6 +150,10 @@ class MaskedLanguageModel(Distiller):
         trainer: Any = self.trainer
         self._vocabulary = vocabulary_of(trainer.datamodule.tokenizer)
 
+    def learning(self) -> list[nn.Module]:
+        """Return the encoder and the head."""
+        return [self.student, self.head]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over encoder and head."""
         # A list of its own: as an attribute it would be in every checkpoint a second time.
@@ -174,11 +178,12 @@ class MaskedLanguageModel(Distiller):
 
     def validation_step(self, batch: EncoderBatch, batch_idx: int) -> None:
         """Keep the loss of this rank's batches, masked alike every time."""
-        if batch_idx % self.trainer.world_size != self.global_rank:
+        if not self.is_called_on(batch_idx):
             return
         generators = [generator_for(batch_idx, row) for row in range(len(batch.input_ids))]
         nll, count = self._nll(batch, generators)
-        self._validation.append(((nll * count).cpu(), count.cpu()))
+        if self.is_own(batch_idx):
+            self._validation.append(((nll * count).cpu(), count.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_masked_nll`, nats a token, over all chosen tokens."""

@@ -20,6 +20,7 @@ from stillhouse.data.vocabulary import check_same_tokenizer, one_line
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive, Share
 from stillhouse.records.language import LanguageOutput, SequenceBatch, VocabularyHead
+from stillhouse.sharding import through
 from stillhouse.students import modeling_shared_attention
 
 # Models with code of their own: the folder brings it along, this package has it anyway.
@@ -181,9 +182,9 @@ def read_output(
         layers: whose hidden states are kept, as `LanguageOutput.layers` numbers them.
     """
     padding = batch.attention_mask
-    plain = without_adapters(model)
-    body: Any = plain.base_model
-    output = body(
+    output = through(
+        model,
+        _body,
         input_ids=batch.input_ids,
         attention_mask=None if padding is None else padding.long(),
         use_cache=False,
@@ -191,9 +192,14 @@ def read_output(
     )
     return LanguageOutput(
         hidden_states=output.last_hidden_state,
-        head=vocabulary_head(plain),
+        head=vocabulary_head(without_adapters(model)),
         layers={layer: output.hidden_states[layer] for layer in layers},
     )
+
+
+def _body(model: nn.Module, **inputs: Any) -> Any:
+    body: Any = without_adapters(model).base_model
+    return body(**inputs)
 
 
 def without_adapters(model: nn.Module) -> PreTrainedModel:

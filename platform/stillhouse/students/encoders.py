@@ -1,6 +1,6 @@
 """Encoders of BERT's kind: made by shape, or any of `transformers` by path; and their taps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive, Share
 from stillhouse.records.encoders import AttentionTap, EncoderBatch, EncoderOutput
+from stillhouse.sharding import through
 from stillhouse.students.causal_lm import check_dtype, check_model_folder, loading
 from stillhouse.students.encoder_layouts import (
     LAYOUTS,
@@ -210,8 +211,7 @@ def read_encoder(
     # Where a model knows one type only, the token between two texts tells them apart.
     if batch.token_type_ids is not None and getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch.token_type_ids
-    with _tapped(model, hidden_layers, attention_layers) as (hidden, projected):
-        output = model(**inputs)
+    output, hidden, projected = through(model, _tap, inputs, hidden_layers, attention_layers)
     heads = config.num_attention_heads
     attention = {
         layer: AttentionTap(*(_by_head(projected[layer, part], heads) for part in range(3)))
@@ -222,6 +222,19 @@ def read_encoder(
         attention=attention,
         logits=getattr(output, "logits", None),
     )
+
+
+def _tap(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    hidden_layers: Sequence[int],
+    attention_layers: Sequence[int],
+) -> tuple[Any, dict[int, Tensor], dict[tuple[int, int], Tensor]]:
+    """Call a model; return what it says, hidden states by layer, projections by layer and part."""
+    with _tapped(model, hidden_layers, attention_layers) as (hidden, projected):
+        # Not `model(…)`: a model whose weights are shared is being called already.
+        output = model.forward(**inputs)
+    return output, hidden, projected
 
 
 @contextmanager

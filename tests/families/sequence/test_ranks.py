@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from rank_stages import DOCUMENTS, OneStep, batch_of, plain_sgd, tiny_gpt2, tiny_sharer
 from rich.console import Console
+from sharded_trainers import Sharing
 
 from stillhouse.errors import TrainingDiverged, UserError
 from stillhouse.families.sequence.module import SequenceDistiller
@@ -96,6 +97,23 @@ def test_two_ranks_train_a_student_that_shares_attention_as_one_process_does(run
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(updates[0], expected, rtol=1e-5, atol=1e-7)
     assert alone == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", [tiny_gpt2, tiny_sharer])
+@pytest.mark.parametrize("sharing", [Sharing.STUDENT, Sharing.TEACHER_TOO])
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_two_ranks_that_share_weights_take_the_step_of_one_process(run, student, sharing):
+    """The head lies outside of the body that is called; GPT-2's is its embeddings."""
+    folder, metrics = run(OneStep(devices=2, student=student, sharing=sharing))
+    updates = [torch.load(folder / f"update_{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*updates)
+    folder, alone = run(OneStep(devices=1, student=student))
+    expected = torch.load(folder / "update_0.pt")
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(updates[0], expected, rtol=1e-6, atol=1e-9)
+    assert alone == pytest.approx(metrics, rel=1e-6)
 
 
 def test_checkpoint_of_another_number_of_ranks_is_refused():

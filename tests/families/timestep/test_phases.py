@@ -33,6 +33,7 @@ from phase_stages import (
     parts_of,
     taking_turns_by,
 )
+from sharded_trainers import Sharing
 from torch import Tensor
 from training import bare_trainer
 
@@ -224,23 +225,23 @@ def test_of_a_teacher_with_adapters_the_adapters_alone_are_kept(tmp_path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharing", list(Sharing))
 @pytest.mark.filterwarnings("ignore:.*in distributed setting")
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 def test_two_ranks_are_one_process_on_the_whole_batch_in_every_phase(
-    stage_context, sharded: bool
+    stage_context, sharing: Sharing
 ) -> None:
-    """With all weights on each of them, and sharing them (FSDP2)."""
+    """With all weights on each of them, and sharing them (FSDP2), the teacher's too."""
     together, alone = (stage_context(f"on {devices}") for devices in (2, 1))
-    metrics = TwoCycles(devices=2, sharded=sharded)(together).metrics
+    metrics = TwoCycles(devices=2, sharing=sharing)(together).metrics
     assert metrics == pytest.approx(TwoCycles(devices=1)(alone).metrics, rel=1e-5)
     assert metrics["images_seen"] == 2 * 8
     expected = torch.load(alone.output / "seen_0.pt")
     seen = [torch.load(together.output / f"seen_{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close(seen[0][-1], expected[-1], rtol=1e-4, atol=1e-6)
     assert len(expected) == len(CYCLES) + 1
-    if sharded:
+    if sharing is not Sharing.NOTHING:
         return
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(*seen, strict=True):

@@ -47,6 +47,7 @@ class ProgressiveDistiller(Distiller):
     """
 
     unit = "texts"
+    reads_inner_layers = True
 
     def __init__(
         self,
@@ -66,6 +67,10 @@ class ProgressiveDistiller(Distiller):
         self._window = WindowMeans()
         self._validation: list[tuple[Tensor, Tensor]] = []
         self._predictions: list[tuple[Tensor, Tensor]] = []
+
+    def learning(self) -> list[nn.Module]:
+        """Return the student and what its hidden states are multiplied by."""
+        return [self.student, *self.projections.values()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the student's trainable parameters, and the projections'."""
@@ -91,10 +96,12 @@ class ProgressiveDistiller(Distiller):
 
     def validation_step(self, batch: EncoderBatch, batch_idx: int) -> None:
         """Keep the method's loss, and what the student says of labelled texts, of this rank."""
-        if batch_idx % self.trainer.world_size != self.global_rank:
+        if not self.is_called_on(batch_idx):
             return
         output = self._student_output(batch)
         losses: LossTerms = self.method(output, self._signal(batch), batch)
+        if not self.is_own(batch_idx):
+            return
         count = _texts(batch)
         self._validation.append(((losses.total * count).cpu(), count.cpu()))
         if output.logits is not None and batch.labels is not None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from stillhouse.data.language import LanguageData
 from stillhouse.errors import UserError
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
+from stillhouse.families.window_means import WindowMeans
 from stillhouse.objectives.tokens import token_cross_entropy
 from stillhouse.records.language import LanguageOutput, LanguageSignal, SequenceBatch
 from stillhouse.records.losses import LossTerms
@@ -59,9 +60,8 @@ class SequenceDistiller(Distiller):
         self.layers = tuple(layers or ())
         _check_layers(student, self.layers)
         self.loss_backend: Backend | None = loss_backend
-        self._tokens = torch.zeros((), dtype=torch.long)
-        self._losses: dict[str, Tensor] = {}
-        self._validation_sums: list[tuple[Tensor, Tensor]] = []
+        self._window = WindowMeans()
+        self._validation: list[tuple[Tensor, Tensor]] = []
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return the sum of the loss over the batch's tokens, ready for accumulation."""
@@ -69,9 +69,7 @@ class SequenceDistiller(Distiller):
         losses: LossTerms = self.method(self._student_output(batch, self.layers), signal, batch)
         self.stop_if_not_finite(losses.total.detach(), batch_idx)
         count = batch.mask.sum()
-        self._tokens = self._tokens.to(count.device) + count
-        for name, mean in [("loss", losses.total.detach()), *losses.terms.items()]:
-            self._losses[name] = self._losses.get(name, 0) + mean * count
+        self._window.add(losses, count)
         # Lightning divides by the length of the window; the global token count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
 
@@ -80,45 +78,26 @@ class SequenceDistiller(Distiller):
         return replace(output, loss_backend=self.loss_backend)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn summed gradients into those of the global token mean; log that mean."""
-        names, sums = list(self._losses), torch.stack(list(self._losses.values()))
-        tokens, sums = self._over_ranks(self._tokens, sums)
-        # Strategies average gradients over ranks, the count is summed over them.
-        scale = self.trainer.world_size / tokens.clamp_min(1)
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
-        torch._foreach_mul_([g for g in gradients if g is not None], scale.to(self.device))
-        means = (sums / tokens.clamp_min(1)).unbind()
-        self.log_dict({f"train_{n}": m for n, m in zip(names, means, strict=True)}, batch_size=1)
-        self.units_seen += int(tokens)
-        self._tokens = torch.zeros_like(self._tokens)
-        self._losses.clear()
+        """Turn summed gradients into those of the mean over the window's tokens; log that mean."""
+        tokens, means = self._window.close(optimizer, self.trainer.world_size)
+        self.log_dict({f"train_{name}": mean for name, mean in means.items()}, batch_size=1)
+        self.units_seen += tokens
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Sum the student's negative log-likelihood over the tokens of this rank's batches."""
-        if batch_idx % self.trainer.world_size != self.global_rank:
+        if not self.is_called_on(batch_idx):
             return
         nll = token_cross_entropy(self._student_output(batch), batch.labels, batch.mask)
         count = batch.mask.sum()
-        self._validation_sums.append((nll * count, count))
+        if self.is_own(batch_idx):
+            self._validation.append(((nll * count).cpu(), count.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_nll`, nats a token, over all validation tokens."""
-        # There may be fewer batches than ranks.
-        none = torch.zeros((), device=self.device)
-        pairs = [(none, none.long()), *self._validation_sums]
-        totals, counts = (torch.stack(column) for column in zip(*pairs, strict=True))
-        self._validation_sums.clear()
-        count, total = self._over_ranks(counts.sum(), totals.sum(0, keepdim=True))
-        self.log("val_nll", total[0] / count)
-
-    def _over_ranks(self, count: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a count and sums [n], each added up over the ranks, with one collective."""
-        if self.trainer.world_size == 1:
-            return count, sums
-        # float64 holds every count exactly.
-        packed = torch.cat([count.double().unsqueeze(0), sums.double()])
-        torch.distributed.all_reduce(packed)
-        return packed[0], packed[1:].to(sums.dtype)
+        found = [pair for of_rank in self._of_every_rank(self._validation) for pair in of_rank]
+        self._validation = []
+        total, count = (torch.stack(column).sum() for column in zip(*found, strict=True))
+        self.log("val_nll", total / count)
 
     def export(self, folder: Path, data: LanguageData) -> None:
         """Write student and tokenizer as an ordinary `transformers` folder, adapters merged."""

@@ -19,7 +19,6 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.evaluation.distances import sliced_wasserstein
 from stillhouse.families.distiller import Distiller, OptimizerBuilder
 from stillhouse.families.optimizers import taking_turns
-from stillhouse.families.sharding import is_sharded, reshard
 from stillhouse.families.timestep.networks import Networks, Phase, TimestepMethod
 from stillhouse.families.timestep.turns import STUDENT, Turn, Turns
 from stillhouse.families.window_means import WindowMeans
@@ -67,7 +66,6 @@ class TimestepDistiller(Distiller):
     """
 
     unit = "images"
-    can_be_sharded = True
 
     def __init__(
         self,
@@ -178,7 +176,6 @@ class TimestepDistiller(Distiller):
         assert isinstance(stream, BatchStream)
         generator = generator_for(stream.seed, batch_idx, self.global_rank)
         name, update = self.turns.at(self.global_step)
-        self._reshard()
         self.let_learn(name)
         turn = self.turns.updates(name, self.global_step)
         phase = Phase(update, self.updates_at(self.trainer.max_steps), turn)
@@ -188,10 +185,6 @@ class TimestepDistiller(Distiller):
         self._window.add(losses, count)
         # Lightning divides by the length of the window; the global count does it instead.
         return losses.total * count * self.trainer.accumulate_grad_batches
-
-    def _reshard(self) -> None:
-        for network in self.learning():
-            reshard(network)
 
     def on_after_backward(self) -> None:
         """Let all learn again: checkpoints and averages keep of a student what learns."""
@@ -253,12 +246,9 @@ class TimestepDistiller(Distiller):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Sample as many as the batch has, alike every time, of its conditions."""
-        self._reshard()
-        own = batch_idx % self.trainer.world_size == self.global_rank
-        # A network that ranks have parts of is called by all of them.
-        if own or is_sharded(self.student):
+        if self.is_called_on(batch_idx):
             sampled = self.sampled(batch, generator_for(batch_idx))
-            if own:
+            if self.is_own(batch_idx):
                 self._generated.append((sampled.cpu(), batch.x_0.cpu()))
 
     def on_validation_epoch_end(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from stillhouse.families.sharding import is_sharded, shard, whole_weights
+from stillhouse.sharding import is_sharded, shard, whole_weights
 
 
 class Nested(nn.Module):
