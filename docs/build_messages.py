@@ -50,7 +50,7 @@ def page(root: Path = ROOT) -> str:
             area = package
             docstring = ast.get_docstring(trees[f"{area}/__init__.py"]) or ""
             lines.append(f"## {area.rpartition('/')[2]}\n\n{docstring.splitlines()[0]}\n")
-        lines.append(f"### {path.partition('/')[2]}\n")
+        lines.append(f"### {path.split('/', 2)[2]}\n")
         lines += [f"- {_code(m)}{': ' + mends[m] if m in mends else ''}" for m in found] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
