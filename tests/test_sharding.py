@@ -1,13 +1,23 @@
 """Networks shared over ranks, on one: whatever lists lie within lists."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from stillhouse.sharding import is_sharded, shard, whole_weights
+from stillhouse.sharding import (
+    empty,
+    filled,
+    is_sharded,
+    reshard,
+    shard,
+    through,
+    whole,
+    whole_weights,
+)
 
 
 class Nested(nn.Module):
@@ -51,7 +61,56 @@ def test_lists_within_lists_are_shared_once() -> None:
     expected, before = network(x), {n: t.clone() for n, t in network.state_dict().items()}
     shard(network, init_device_mesh("cpu", (1,)))
     assert is_sharded(network)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+    assert is_sharded(network), "gathered weights are shared all the same"
     torch.testing.assert_close(network(x), expected)
     network(x).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
     torch.testing.assert_close(whole_weights(network), before)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well, outside of the list; the head is read by others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 3)
+        self.blocks = nn.ModuleList([nn.Linear(3, 3)])
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.words.weight
+
+
+def body(network: Any, ids: Tensor) -> Tensor:
+    x = network.words(ids)
+    for block in network.blocks:
+        x = block(x)
+    return x
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("let_go", [True, False])
+def test_parts_are_called_through_the_network_and_ties_stay(let_go: bool) -> None:
+    torch.manual_seed(0)
+    network, ids = Tied(), torch.tensor([1, 4])
+
+    def loss() -> Tensor:
+        return through(network, body, ids).matmul(network.head.weight.T).square().sum()
+
+    expected = loss()
+    expected.backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    network.zero_grad()
+    before = {n: t.clone() for n, t in network.state_dict().items()}
+    plain = empty(network)
+    shard(network, init_device_mesh("cpu", (1,)), let_go=let_go)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(), expected)
+    reshard(network)
+    loss().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(whole(parameter.grad), gradients[name])
+    plain = filled(plain, whole_weights(network))
+    torch.testing.assert_close(plain.state_dict(), before)
+    assert plain.head.weight is plain.words.weight

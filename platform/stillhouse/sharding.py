@@ -115,8 +115,8 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether ranks have parts of a network."""
-    return any(isinstance(p, DTensor) for p in network.parameters())
+    """Whether ranks have parts of a network, be they gathered now or not."""
+    return any(isinstance(module, FSDPModule) for module in network.modules())
 
 
 def whole_weights(network: nn.Module) -> dict[str, Tensor]:

@@ -177,6 +177,10 @@ def serve() -> None:
         reports.send(report)
         # At once: the others learn of it when the connections close.
         os._exit(1)
+    # Nothing is left to do, and threads of torch that still run abort an interpreter that ends.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Termination(pl.Callback):
