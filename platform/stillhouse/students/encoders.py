@@ -20,7 +20,7 @@ from stillhouse.data.vocabulary import check_same_tokenizer
 from stillhouse.errors import UserError
 from stillhouse.ranges import Count, Positive, Share
 from stillhouse.records.encoders import AttentionTap, EncoderBatch, EncoderOutput
-from stillhouse.sharding import through
+from stillhouse.sharding import is_sharded, through
 from stillhouse.students.causal_lm import check_dtype, check_model_folder, loading
 from stillhouse.students.encoder_layouts import (
     LAYOUTS,
@@ -232,8 +232,9 @@ def _tap(
 ) -> tuple[Any, dict[int, Tensor], dict[tuple[int, int], Tensor]]:
     """Call a model; return what it says, hidden states by layer, projections by layer and part."""
     with _tapped(model, hidden_layers, attention_layers) as (hidden, projected):
-        # Not `model(…)`: a model whose weights are shared is being called already.
-        output = model.forward(**inputs)
+        # A model whose weights are shared is being called already.
+        call = model.forward if is_sharded(model) else model
+        output = call(**inputs)
     return output, hidden, projected
 
 
