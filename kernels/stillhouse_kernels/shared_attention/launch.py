@@ -23,6 +23,7 @@ from stillhouse_kernels.launching import (
     trimmed,
 )
 from stillhouse_kernels.shared_attention import kernel
+from stillhouse_kernels.shared_attention.forward_kernels import LOG2_E
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -216,7 +217,7 @@ def _arguments(
         "keys": keys,
         "head_dim": head_dim,
         "offset": keys - queries if causal else keys,
-        "scale_log2": scale * kernel.LOG2_E,
+        "scale_log2": scale * LOG2_E,
         "UPCAST": q.dtype == torch.bfloat16 and interpreted(),
     }
 

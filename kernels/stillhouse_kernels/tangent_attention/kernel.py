@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 
 from stillhouse_kernels.compilation import Compilation
-from stillhouse_kernels.shared_attention.kernel import LN_2, MAX_HEAD_DIM
+from stillhouse_kernels.shared_attention.forward_kernels import LN_2
+from stillhouse_kernels.shared_attention.kernel import MAX_HEAD_DIM
 from stillhouse_kernels.tiles import has_wide_mask, hide, load_tile, store_tile
 
 # One compiled kernel serves every length: 1 and multiples of 16 are not compiled apart.

@@ -23,7 +23,8 @@ from stillhouse_kernels.launching import (
     trimmed,
 )
 from stillhouse_kernels.shared_attention import launch as leader
-from stillhouse_kernels.shared_attention.kernel import LOG2_E, MAX_HEAD_DIM, MIN_CAPABILITY
+from stillhouse_kernels.shared_attention.forward_kernels import LOG2_E
+from stillhouse_kernels.shared_attention.kernel import MAX_HEAD_DIM, MIN_CAPABILITY
 from stillhouse_kernels.tangent_attention import kernel
 
 
