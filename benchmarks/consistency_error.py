@@ -21,7 +21,7 @@ from stillhouse.diffusion.solvers import all_at, ddim, uniform_grid
 from stillhouse.diffusion.trigflow import denoised
 from stillhouse.evaluation.distances import frechet_distance
 from stillhouse.jobs.finished_run import read_run
-from stillhouse.students.denoisers import load_denoiser, pipeline_index
+from stillhouse.students.denoiser_folders import load_denoiser, pipeline_index
 
 STEPS, SHOWN = 100, 10
 

@@ -14,7 +14,7 @@ from stillhouse.data.pictures.captions import read_captions
 from stillhouse.errors import UserError
 from stillhouse.stages.embed_captions import EmbedCaptions
 from stillhouse.stages.take_encoder import character_tokenizer
-from stillhouse.students.denoisers import load_denoiser, load_pipeline, pretrained
+from stillhouse.students.denoiser_folders import load_denoiser, load_pipeline, pretrained
 
 
 @pytest.fixture(scope="module")

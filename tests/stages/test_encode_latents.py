@@ -13,7 +13,7 @@ from stillhouse.data.latents import LatentData
 from stillhouse.diffusion.solvers import few_step
 from stillhouse.errors import UserError
 from stillhouse.stages.encode_latents import EncodeLatents
-from stillhouse.students.denoisers import load_pipeline
+from stillhouse.students.denoiser_folders import load_pipeline
 
 PICTURES = EMOJI | {"image_size": 16}
 

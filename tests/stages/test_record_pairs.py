@@ -20,7 +20,8 @@ from stillhouse.files import content_hash
 from stillhouse.records.diffusion import Condition
 from stillhouse.stages.record_pairs import RecordPairs
 from stillhouse.stages.stage import StageContext
-from stillhouse.students.denoisers import Denoiser, load_denoiser
+from stillhouse.students.denoiser_folders import load_denoiser
+from stillhouse.students.denoisers import Denoiser
 from stillhouse.tracking.tracker import FileTracker
 
 SEED, STEPS = 3, 4

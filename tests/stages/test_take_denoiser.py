@@ -22,7 +22,8 @@ from stillhouse.records.diffusion import Condition
 from stillhouse.stages.embed_captions import EmbedCaptions
 from stillhouse.stages.encode_latents import EncodeLatents
 from stillhouse.stages.take_denoiser import TakeDenoiser
-from stillhouse.students.denoisers import Denoiser, load_denoiser, load_pipeline, pretrained
+from stillhouse.students.denoiser_folders import load_denoiser, load_pipeline, pretrained
+from stillhouse.students.denoisers import Denoiser
 
 PICTURES = EMOJI | {"image_size": 16}
 

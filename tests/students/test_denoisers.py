@@ -19,14 +19,8 @@ from stillhouse.errors import UserError
 from stillhouse.families.timestep.networks import Networks, Phase
 from stillhouse.pretraining.denoising import denoising, of_flow
 from stillhouse.records.diffusion import Condition
-from stillhouse.students.denoisers import (
-    Denoiser,
-    load_denoiser,
-    point_network,
-    pretrained,
-    small_dit,
-    unet,
-)
+from stillhouse.students.denoiser_folders import load_denoiser, pretrained
+from stillhouse.students.denoisers import Denoiser, point_network, small_dit, unet
 from stillhouse.students.modeling_few_step import SmallDiT
 
 DIGITS = {"_target_": "stillhouse.data.pictures.digits.digits", "validation": 20, "test": 20}

@@ -15,7 +15,7 @@ from stillhouse.data.pictures.pictures import Split
 from stillhouse.diffusion.guidance import guided
 from stillhouse.diffusion.solvers import ddim, few_step, uniform_grid
 from stillhouse.records.diffusion import Condition, ImageBatch
-from stillhouse.students.denoisers import load_denoiser, pipeline_index
+from stillhouse.students.denoiser_folders import load_denoiser, pipeline_index
 
 # The row of real samples against real ones.
 FLOOR = "floor"

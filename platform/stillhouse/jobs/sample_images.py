@@ -35,7 +35,7 @@ def sample_images(config: DictConfig, role: str, path: str, to: Path) -> None:
 
     from stillhouse.jobs.finished_run import as_texts
     from stillhouse.stages.runner import quiet_libraries
-    from stillhouse.students.denoisers import load_pipeline
+    from stillhouse.students.denoiser_folders import load_pipeline
     from stillhouse.tracking.sample_pictures import draw_images, draw_points
 
     quiet_libraries()

@@ -18,7 +18,7 @@ from stillhouse.files import content_hash
 from stillhouse.ranges import Count, Finite
 from stillhouse.records.diffusion import Condition
 from stillhouse.stages.stage import StageContext, StageResult
-from stillhouse.students.denoisers import check_shape, load_denoiser
+from stillhouse.students.denoiser_folders import check_shape, load_denoiser
 from stillhouse.tracking.work import WorkProgress
 
 

@@ -9,7 +9,8 @@ from stillhouse.data.images import ImageData
 from stillhouse.errors import UserError
 from stillhouse.ranges import Finite
 from stillhouse.stages.stage import StageContext, StageResult
-from stillhouse.students.denoisers import Denoiser, check_shape
+from stillhouse.students.denoiser_folders import check_shape
+from stillhouse.students.denoisers import Denoiser
 from stillhouse.students.hub_networks import network_of
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from stillhouse.data.images import ImageData
 from stillhouse.diffusion.oracles import GaussianMixture
 from stillhouse.errors import UserError
-from stillhouse.students.denoisers import Denoiser, check_shape, load_denoiser
+from stillhouse.students.denoiser_folders import check_shape, load_denoiser
+from stillhouse.students.denoisers import Denoiser
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -18,7 +18,8 @@ from torch.nn.functional import linear
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.ranges import Count, Positive
 from stillhouse.records.diffusion import Condition
-from stillhouse.students.denoisers import Denoiser, load_denoiser
+from stillhouse.students.denoiser_folders import load_denoiser
+from stillhouse.students.denoisers import Denoiser
 
 
 def full_copy(teacher: nn.Module) -> nn.Module:

@@ -291,7 +291,7 @@ def test_a_stages_budget_is_of_the_students_updates(
         family=family,
         method={"student": loss, "critic": loss},
         teacher=partial_of("stillhouse.teachers.denoisers.denoiser", path=path),
-        student=partial_of("stillhouse.students.denoisers.pretrained", path=path),
+        student=partial_of("stillhouse.students.denoiser_folders.pretrained", path=path),
         data=node_of(POINTS),
         optimizer=optimizer,
         trainer=partial_of("lightning.pytorch.Trainer", **budget),
