@@ -1,7 +1,8 @@
-"""Write docs/messages.md, every error message of the project, out of the source.
+"""The site's page of messages, every error message of the project, out of the source.
 
-    python docs/build_messages.py           # write the page
-    python docs/build_messages.py --check   # exit code 1 where the page is not that of the source
+    python docs/build_messages.py           # print it
+
+mkdocs takes it from here when it builds the site, so that a new message needs no edit of a page.
 
 A message is the text that an error is made of: it stands in the call of a class named `…Error`, or
 behind a name or in the `return` of a helper that is called there; in what `config/messages.py`
@@ -9,15 +10,15 @@ returns; or in a line that is printed as an error. Values stand in angle bracket
 """
 
 import ast
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "messages.md"
+PAGE = "messages.md"
 MENDS = ROOT / "docs" / "mends.yaml"
 SOURCES = ("platform/stillhouse", "kernels/stillhouse_kernels")
 ONLY_MESSAGES = "platform/stillhouse/config/messages.py"
@@ -25,8 +26,8 @@ ONLY_MESSAGES = "platform/stillhouse/config/messages.py"
 NOT_TOLD = ("AssertionError", "ReadError")
 HEAD = """# Messages
 
-Every error message of the project, by the file that raises it; `python docs/build_messages.py`
-makes this page, and a test holds it fresh. What a run fills in stands between `<` and `>`, what is
+Every error message of the project, by the file that raises it, taken from the source when this site
+was built. What a run fills in stands between `<` and `>`, what is
 not always there between `[` and `]`. A message says the key, the value, what was expected and the
 way out; where it does not, the way out follows it here. The likeliest ones are told with what leads
 to them in [Troubleshooting](troubleshooting.md).
@@ -169,16 +170,13 @@ def _code(text: str) -> str:
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    made = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(made, "utf-8")
-    elif PAGE.read_text("utf-8") != made:
-        print(f"{PAGE.name} is not the source's: python docs/build_messages.py", file=sys.stderr)
-        return 1
-    return 0
+def on_files(files: Any, config: Any) -> Any:
+    """Put the page among those that mkdocs builds."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, PAGE, content=page()))
+    return files
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(page(), end="")

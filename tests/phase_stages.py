@@ -142,10 +142,8 @@ class TwoCycles:
         """Train; leave what every rank had behind every step."""
         losses = {"student": everything, "critic": without_the_student}
         losses["judge"] = without_the_student
-        module, watch = (
-            taking_turns_by(losses, optimizer=descent),
-            Watch(last=self.sharing is not Sharing.NOTHING),
-        )
+        module = taking_turns_by(losses, optimizer=descent)
+        watch = Watch(last=self.sharing is not Sharing.NOTHING)
         trainer = bare_trainer(
             context.scratch,
             devices=self.devices,

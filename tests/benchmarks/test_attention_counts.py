@@ -1,13 +1,13 @@
 """The counts behind the bound of `attention_sharing.py`, against closed forms and torch."""
 
-import importlib.util
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attention_sharers import FOLLOWERS, LEADERS, full_model
+from scripts import imported
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -20,15 +20,9 @@ GROUP = (0, 1, 1, 1, 4, 5)
 
 
 @pytest.fixture(scope="module")
-def counts() -> Any:
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[FILE.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[FILE.stem]
+def counts() -> Iterator[Any]:
+    with imported(FILE) as module:
+        yield module
 
 
 def test_parameters_of_tinyllama(counts: Any) -> None:

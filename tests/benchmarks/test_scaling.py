@@ -1,25 +1,19 @@
 """The counts of `scaling.py`, by hand."""
 
-import importlib.util
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import imported
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
 
 
 @pytest.fixture(scope="module")
-def scaling() -> Any:
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[FILE.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[FILE.stem]
+def scaling() -> Iterator[Any]:
+    with imported(FILE) as module:
+        yield module
 
 
 def test_a_gpu_of_four_sends_and_holds_what_a_ring_passes(scaling: Any) -> None:
