@@ -3,7 +3,9 @@
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from commands import TINY, only_run, run_process, start_process
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 SHARED = (
     *TINY,
-    "experiment=scm_points",
     "trainer=fsdp",
+    "trainer.strategy.shard_teacher=true",
     "trainer.max_steps=60",
     "trainer.val_check_interval=20",
     "callbacks.checkpoint.checkpoint_every_n_steps=4",
@@ -56,16 +59,38 @@ def test_processes_that_share_weights_are_those_that_have_all(tmp_path: Path, re
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "file", "name", "load"),
+    [
+        (
+            "scm_points",
+            "transformer/diffusion_pytorch_model.safetensors",
+            "PointNetwork",
+            lambda path: (
+                DiffusionPipeline.from_pretrained(path, trust_remote_code=True).transformer
+            ),
+        ),
+        (
+            "word_kd",
+            "model.safetensors",
+            "LlamaForCausalLM",
+            AutoModelForCausalLM.from_pretrained,
+        ),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, recipe: str, file: str, name: str, load: Callable[[Path], Any]
+) -> None:
     """Weights, averages and Adam's states are whole in a checkpoint and shared again behind it."""
+    arguments = (*SHARED, f"experiment={recipe}")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    done = run_process(*SHARED, folder=whole, cache=whole / "cache")
+    done = run_process(*arguments, folder=whole, cache=whole / "cache")
     assert done.code == 0, done.err
     assert done.err == ""
-    process = start_process(*SHARED, folder=broken, cache=broken / "cache")
-    wanted, deadline = random.randint(40, 160), time.monotonic() + 200
+    process = start_process(*arguments, folder=broken, cache=broken / "cache")
+    wanted, deadline = random.randint(20, 100), time.monotonic() + 200
     while True:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -80,9 +105,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "distil: going on from step" in done.out
     student = only_run(whole / "outputs") / "student"
-    file = Path("transformer/diffusion_pytorch_model.safetensors")
     expected, resumed = load_file(student / file), load_file(folder / "student" / file)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
-    pipeline = DiffusionPipeline.from_pretrained(student, trust_remote_code=True)
-    assert type(pipeline.transformer).__name__ == "PointNetwork"
+    assert type(load(student)).__name__ == name
