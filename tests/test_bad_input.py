@@ -9,6 +9,10 @@ import pytest
 from commands import ROOT, TINY, Finished, only_run, run_here, run_process
 from filelock import FileLock
 
+from stillhouse.cli import config_folder
+from stillhouse.config import messages
+from stillhouse.errors import UserError
+
 RECIPES = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml"))
 TEACHERS = sorted(p.stem for p in (ROOT / "conf/teacher").glob("*.yaml"))
 METHODS = sorted(p.stem for p in (ROOT / "conf/method").glob("*.yaml"))
@@ -114,9 +118,19 @@ KEYS_OF_WORD_KD = (
         ),
         (
             ["stages.teacher=null"],
-            "stages.evaluate needs the artifact of the stage 'teacher', which this recipe does not "
-            "have (it is set to null); its stages are tokenizer, cache, distil, alone, evaluate; "
-            "did you mean 'cache'?",
+            "stages.evaluate needs the artifact of the stage 'teacher', which is left out; leave "
+            "evaluate out, too, or keep teacher",
+        ),
+        (
+            ["data.corpus.train_path=a,b"],
+            "data.corpus.train_path=a,b: values apart by commas are for a sweep, -m; a text with a "
+            "comma goes between double quotes, 'data.corpus.train_path=\"a,b\"', a list between "
+            "brackets, 'data.corpus.train_path=[a,b]'",
+        ),
+        (
+            ["trainer.accelerator=gpu"],
+            "stage distil: Lightning refuses its trainer (accelerator=gpu, devices=1): No "
+            "supported gpu backend found!",
         ),
         (
             ["resume=nowhere"],
@@ -313,3 +327,17 @@ def test_a_key_tried_in_the_command_of_the_shell(tmp_path: Path) -> None:
         "'method.temperature'?\n",
     )
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offline", "more"),
+    [("1", " HF_HUB_OFFLINE is set, and nothing is fetched: unset it"), ("", "")],
+)
+def test_a_hub_that_the_environment_keeps_away(
+    monkeypatch: pytest.MonkeyPatch, offline: str, more: str
+) -> None:
+    """The library says that it could not connect, as if the network were at fault."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    error = UserError("teacher.path=a/b: We couldn't connect to\n'https://huggingface.co'.")
+    line = "teacher.path=a/b: We couldn't connect to 'https://huggingface.co'."
+    assert messages.one_line(error, [], config_folder()) == line + more

@@ -19,6 +19,8 @@ def test_two_processes_at_once_train_one_teacher(tmp_path: Path) -> None:
     folders = [results.parent for results in (tmp_path / "outputs").glob("*/*/results.json")]
     assert len(folders) == 2
     assert len({(f / "stages" / "teacher").resolve() for f in folders}) == 1
+    told = [json.loads((f / "results.json").read_text())["stages"]["teacher"] for f in folders]
+    assert sorted(stage["status"] for stage in told) == ["cached", "done"]
     weights = [(f / "student" / "model.safetensors").read_bytes() for f in folders]
     assert weights[0] == weights[1]
 

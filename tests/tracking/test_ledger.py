@@ -15,8 +15,10 @@ from stillhouse.tracking.ledger import Job, read_ledger, taken, tell_unfinished
 
 
 def results(folder: Path, status: str, *seconds: float) -> None:
+    """Write the results of a run whose teacher lay in the cache."""
     folder.mkdir(parents=True)
     stages = {f"s{i}": {"status": "done", "seconds": s} for i, s in enumerate(seconds)}
+    stages["teacher"] = {"status": "cached", "seconds": 60.0}
     (folder / "results.json").write_text(json.dumps({"status": status, "stages": stages}))
 
 

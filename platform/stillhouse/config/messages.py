@@ -1,6 +1,7 @@
 """One line for what Hydra, OmegaConf or a stage found wrong, with the nearest valid names."""
 
 import errno
+import os
 import re
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,7 @@ from stillhouse.errors import UserError, did_you_mean
 def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     """Return the line to print for an error that the user can mend; None for a fault of ours."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return _said(error)
     if type(error).__name__ == "TerminatedWorkerError":
         return (
             "a worker of the launcher was killed from outside, perhaps for want of memory, and the "
@@ -34,7 +35,7 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     if inside:
         return inside.group(1)
     if isinstance(cause, UserError):
-        return " ".join(str(cause).split())
+        return _said(cause)
     if isinstance(error, MissingConfigException):
         return _missing_option(error, conf)
     if isinstance(error, OverrideParseException):
@@ -48,6 +49,8 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     text = " ".join(str(cause).split(" full_key:")[0].split("\n")[0].split())
     if "is not in struct" in text or "not in struct" in str(error) or "not in '" in text:
         return _unknown_key(key or "", argv, conf)
+    if text.startswith("Ambiguous value for argument"):
+        return _list_of_one_run(text)
     if "Could not override" in str(error) and "No match in the defaults list" in str(error):
         return _unknown_group(str(error), argv, conf)
     if "Cannot merge DictConfig with ListConfig" in text:
@@ -57,6 +60,23 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
             f"first: '~{key}' '+{given}'"
         )
     return f"{key}: {text}" if key and key not in text else text
+
+
+def _said(error: UserError) -> str:
+    """Return a message in one line; where a library met no hub, say who keeps it away."""
+    text = " ".join(str(error).split())
+    offline = "huggingface.co" in text and os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
+    return f"{text} HF_HUB_OFFLINE is set, and nothing is fetched: unset it" if offline else text
+
+
+def _list_of_one_run(text: str) -> str:
+    """Tell values apart by commas, which only a sweep takes."""
+    override = text.partition("'")[2].rpartition("'")[0]
+    key, _, value = override.partition("=")
+    return (
+        f"{override}: values apart by commas are for a sweep, -m; a text with a comma goes between "
+        f"double quotes, '{key}=\"{value}\"', a list between brackets, '{key}=[{value}]'"
+    )
 
 
 def _missing_option(error: Any, conf: Path) -> str:

@@ -147,42 +147,52 @@ class Fit:
         """Build the trainer; what the config says in the student's updates becomes steps.
 
         Raises:
-            UserError: for values that Lightning refuses, and for a budget of no step.
+            UserError: for a budget of no step.
         """
         in_steps = {"max_steps": module.optimizer_steps(max(0, self.trainer["max_steps"]))}
         interval = self.trainer.get("val_check_interval")
         if isinstance(interval, int):
             in_steps["val_check_interval"] = interval * module.steps_a_cycle
-        sharing = self.trainer.get("strategy")
-        if isinstance(sharing, dict) and not isinstance(sharing["data_parallel_size"], int):
-            raise UserError(
-                f"stage {context.name}: trainer.devices={self.trainer['devices']}: weights are "
-                "shared over a number of processes; expected it, such as 2"
-            )
-        try:
-            trainer: pl.Trainer = instantiate(self.trainer)(
-                **in_steps,
-                default_root_dir=context.scratch,
-                logger=context.tracker.loggers or False,
-                callbacks=callbacks,
-                # Without a checkpoint callback of its own, Lightning would add one.
-                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
-                enable_progress_bar=True,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                # A stage starts its ranks itself, whatever cluster started this process.
-                plugins=LightningEnvironment(),
-            )
-        except (MisconfigurationException, TypeError) as error:
-            given = ", ".join(f"{k}={self.trainer.get(k)}" for k in ("accelerator", "devices"))
-            raise UserError(
-                f"stage {context.name}: Lightning refuses its trainer ({given}): {error}"
-            ) from error
+        trainer = make_trainer(
+            context.name,
+            self.trainer | in_steps,
+            default_root_dir=context.scratch,
+            logger=context.tracker.loggers or False,
+            callbacks=callbacks,
+            # Without a checkpoint callback of its own, Lightning would add one.
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+            enable_progress_bar=True,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
         if trainer.max_steps < 1:
             raise UserError(
                 f"stage {context.name}: trainer.max_steps={trainer.max_steps}: expected 1 or more"
             )
         return trainer
+
+
+def make_trainer(stage: str, node: dict[str, Any], **further: Any) -> pl.Trainer:
+    """Build the trainer of a stage from its node.
+
+    Raises:
+        UserError: for values that Lightning refuses, and for devices that are not there.
+    """
+    sharing = node.get("strategy")
+    if isinstance(sharing, dict) and not isinstance(sharing["data_parallel_size"], int):
+        raise UserError(
+            f"stage {stage}: trainer.devices={node['devices']}: weights are shared over a number "
+            "of processes; expected it, such as 2"
+        )
+    try:
+        # A stage starts its ranks itself, whatever cluster started this process.
+        trainer: pl.Trainer = instantiate(node)(plugins=LightningEnvironment(), **further)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        given = ", ".join(f"{k}={node.get(k)}" for k in ("accelerator", "devices"))
+        raise UserError(
+            f"stage {stage}: Lightning refuses its trainer ({given}): {error}"
+        ) from error
+    return trainer
 
 
 def number_of_parameters(module: nn.Module) -> int:

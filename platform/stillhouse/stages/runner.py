@@ -73,6 +73,7 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
     if is_sweep() and _is_done(config, folder) and not any(step.is_work for step in plan):
         console.print(f"{folder}: done before, skipped")
         return
+    _check_trainers(plan, workspace)
     with _storage_errors(workspace), _alone_in(folder):
         _carry_out(plan, workspace, console)
 
@@ -92,9 +93,9 @@ def _carry_out(plan: list[Step], workspace: Workspace, console: Console) -> None
                 _storage_errors(workspace),
                 _keys_written_out(workspace, step.stage),
             ):
-                manifest = _bring_up_to_date(step, workspace, tracking, record, console)
+                manifest, made = _bring_up_to_date(step, workspace, tracking, record, console)
                 entry.finish(
-                    status="done" if step.is_work else step.state,
+                    status="done" if made or not workspace.shared(step.stage) else "cached",
                     seconds=manifest.seconds,
                     metrics=manifest.metrics,
                 )
@@ -168,8 +169,8 @@ def make_plan(workspace: Workspace) -> list[Step]:
 
 def _bring_up_to_date(
     step: Step, workspace: Workspace, tracking: Tracking, record: RunRecord, console: Console
-) -> Manifest:
-    """Return the manifest of a stage's artifact, which stands when this returns."""
+) -> tuple[Manifest, bool]:
+    """See that a stage's artifact stands; return its manifest, and whether it was made here."""
     stage = step.stage
     home = workspace.home(stage)
     if not workspace.shared(stage):
@@ -182,27 +183,31 @@ def _bring_up_to_date(
         console.print(f"[dim]{stage}: waiting for another run that is making it …[/dim]")
         lock.acquire()
     try:
-        manifest = _make(step, workspace, tracking, record, console)
+        manifest, made = _make(step, workspace, tracking, record, console)
     finally:
         lock.release()
     link = workspace.artifact(stage)
     remove(link)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(home.resolve(), target_is_directory=True)
-    return manifest
+    return manifest, made
 
 
 def _make(
     step: Step, workspace: Workspace, tracking: Tracking, record: RunRecord, console: Console
-) -> Manifest:
-    """Make a stage's artifact unless it stands whole, perhaps made by another run meanwhile."""
+) -> tuple[Manifest, bool]:
+    """Make a stage's artifact unless it stands whole, perhaps made by another run meanwhile.
+
+    Returns:
+        Its manifest, and whether it was made here.
+    """
     stage, home, scratch = step.stage, workspace.home(step.stage), workspace.scratch(step.stage)
     fingerprint = workspace.fingerprint(stage)
     manifest = artifacts.read_manifest(home)
     if step.state != "forced" and home.exists():
         damage = artifacts.find_damage(home)
         if manifest is not None and manifest.fingerprint == fingerprint and damage is None:
-            return manifest
+            return manifest, False
         reason = damage or "it was made by another configuration or another version of the code"
         console.print(f"[yellow]warning:[/yellow] {stage} is made anew: in {home}, {reason}")
     begun_by = scratch / "fingerprint"
@@ -233,7 +238,7 @@ def _make(
         )
         tracker.made(_as_told(stage, workspace))
     remove(scratch)
-    return manifest
+    return manifest, True
 
 
 def _as_told(stage: str, workspace: Workspace) -> StageArtifact:
@@ -294,6 +299,16 @@ def _check_references(workspace: Workspace) -> None:
                 f"its models are {', '.join(roles)}{did_you_mean(reference, roles)}"
             )
             raise UserError(workspace.told(message, stage))
+
+
+def _check_trainers(plan: list[Step], workspace: Workspace) -> None:
+    """Refuse what Lightning or this machine does not have, before any stage has worked for it."""
+    from stillhouse.stages.fit import make_trainer
+
+    for step in plan:
+        if step.is_work and "trainer" in workspace.config.stages[step.stage]:
+            trainer = workspace.node(step.stage)["trainer"]
+            make_trainer(step.stage, trainer, logger=False, enable_checkpointing=False)
 
 
 def _print_plan(plan: list[Step], workspace: Workspace, console: Console) -> None:

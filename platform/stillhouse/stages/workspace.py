@@ -185,10 +185,14 @@ class Workspace:
         """
         order = self.stages
         if name not in order:
-            left_out = " (it is set to null)" if name in self.config.stages else ""
+            if name in self.config.stages:
+                raise UserError(
+                    f"stages.{asked_by} needs the artifact of the stage {name!r}, which is left "
+                    f"out; leave {asked_by} out, too, or keep {name}"
+                )
             raise UserError(
                 f"stages.{asked_by} needs the artifact of the stage {name!r}, which this recipe "
-                f"does not have{left_out}; its stages are {', '.join(order)}"
+                f"does not have; its stages are {', '.join(order)}"
                 f"{did_you_mean(name, order)}"
             )
         if order.index(name) >= order.index(asked_by):

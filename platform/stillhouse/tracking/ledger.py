@@ -75,7 +75,7 @@ class Entry:
     Attributes:
         job: which.
         state: how far it is.
-        seconds: that its stages took; None before one is done.
+        seconds: that the stages took which it made itself; None before one is done.
     """
 
     job: Job
@@ -184,8 +184,9 @@ def _entry(sweep: Path, job: Job) -> Entry:
         return Entry(job, WAITING, None)
     folder = sweep / job.folder
     results = read_results(folder) or {}
-    taken = [stage["seconds"] for stage in results.get("stages", {}).values()]
-    seconds = sum(s for s in taken if s is not None) if any(taken) else None
+    stages = results.get("stages", {}).values()
+    taken = [s["seconds"] for s in stages if s["seconds"] is not None and s["status"] != "cached"]
+    seconds = sum(taken) if taken else None
     if job.reason is not None:
         return Entry(job, FAILED, seconds)
     if _is_held(folder):
