@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 from commands import TINY, run_here
+from filelock import FileLock
+
+from stillhouse.tracking.ledger import read_ledger
 
 
 def test_one_failure_leaves_the_others_and_is_run_again_alone(capfd, here: Path) -> None:
@@ -39,3 +42,17 @@ def test_an_old_sweep_with_another_config_is_refused(capfd, here: Path) -> None:
     done = run_here(capfd, *TINY, *sweep, "optimizer.learning_rate=0.5")
     assert done.code == 2
     assert "optimizer.learning_rate: 0.004 -> 0.5" in done.err
+
+
+def test_a_job_of_another_process_is_left_to_it(capfd, here: Path) -> None:
+    """A cluster's jobs outlive the command that gave them to it; the next command meets them."""
+    sweep = ("-m", "experiment=sft", "seed=0,1", "hydra.sweep.dir=sweep", "stop_after=tokenizer")
+    assert run_here(capfd, *TINY, *sweep).code == 0
+    before = read_ledger(here / "sweep")[1].job
+    with FileLock(here / "sweep" / "1" / ".lock"):
+        done = run_here(capfd, *TINY, *sweep)
+        assert [e.state for e in read_ledger(here / "sweep")] == ["done", "running"]
+    assert done.code == 2
+    assert "job 1: another process works on it" in done.out
+    assert "error: of 2 jobs 1 running:\n  job 1 (seed=1): running\n" in done.err
+    assert read_ledger(here / "sweep")[1].job == before

@@ -132,13 +132,16 @@ def run_job(config: Any) -> Any:
         except Exception:
             _leave_nothing_begun(folder)
             raise
-    from stillhouse.tracking.ledger import Job
+    from stillhouse.tracking.ledger import Job, is_held
 
     sweep = Path(hydra_config.sweep.dir).resolve()
     place = Path(os.path.relpath(folder, sweep)).as_posix()
     process = f"{platform.node()}:{os.getpid()}"
     entry = Job(int(hydra_config.job.num), list(hydra_config.overrides.task), place, process)
     if not config.plan:
+        if is_held(folder):  # a cluster's jobs outlive the command that gave them to it
+            print(f"job {entry.number}: another process works on it; it is left alone")
+            return None
         entry.write(sweep)
     try:
         job(config, folder)

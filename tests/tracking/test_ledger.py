@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from commands import TINY, run_here, run_process, start_process
 from filelock import FileLock
+from omegaconf import OmegaConf
 
-from stillhouse.tracking.ledger import Job, read_ledger, taken, tell_unfinished
+from stillhouse.tracking.ledger import Job, SweepLedger, read_ledger, taken, tell_unfinished
 
 
 def results(folder: Path, status: str, *seconds: float) -> None:
@@ -49,6 +50,18 @@ def test_states(sweep: Path) -> None:
 def test_a_job_that_begins_again_has_not_failed(sweep: Path) -> None:
     Job(1, ["experiment=sft", "seed=1"], "1").write(sweep)
     assert read_ledger(sweep)[1].state == "killed"
+
+
+def test_what_is_to_run_again_waits(sweep: Path) -> None:
+    """It may wait long in the queue of a cluster, where an old reason would be no news of it."""
+    task = ["experiment=sft", "seed=0,1,2,3,4,5"]
+    hydra = {"sweep": {"dir": str(sweep)}, "overrides": {"task": task}}
+    with FileLock(sweep / "2" / ".lock"):
+        SweepLedger().on_multirun_start(OmegaConf.create({"hydra": hydra}))
+        entries = read_ledger(sweep)
+        assert [e.state for e in entries] == ["done", "waiting", "running", *["waiting"] * 3]
+    assert [e.job.overrides for e in entries] == [["experiment=sft", f"seed={n}"] for n in range(6)]
+    assert taken() == [sweep]
 
 
 def test_what_a_sweep_tells_at_its_end(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,15 +87,15 @@ class SweepLedger(Callback):
     """Names the jobs of a sweep before the first begins; Hydra calls it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write a file for each job that the command line asks for."""
+        """Write a file for each job that the command line asks for and that is to run."""
         del kwargs
         if config.get("plan"):
             return
         sweep = Path(config.hydra.sweep.dir)
         _begun.append(sweep)
-        known = {entry.job.number: entry.job for entry in read_ledger(sweep)}
+        kept = {e.job.number for e in read_ledger(sweep) if e.state not in (FAILED, KILLED)}
         for number, overrides in enumerate(_combinations(list(config.hydra.overrides.task))):
-            if number not in known:
+            if number not in kept:
                 Job(number, overrides).write(sweep)
 
 
@@ -103,6 +103,19 @@ def read_ledger(sweep: Path) -> list[Entry]:
     """Return the jobs of a sweep in their order; none where the folder has no ledger."""
     jobs = [Job(**json.loads(file.read_text())) for file in (sweep / FOLDER).glob("*.json")]
     return [_entry(sweep, job) for job in sorted(jobs, key=lambda job: job.number)]
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process works in a run directory."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def taken() -> list[Path]:
@@ -189,22 +202,10 @@ def _entry(sweep: Path, job: Job) -> Entry:
     seconds = sum(taken) if taken else None
     if job.reason is not None:
         return Entry(job, FAILED, seconds)
-    if _is_held(folder):
+    if is_held(folder):
         return Entry(job, RUNNING, seconds)
     ended = results.get("status") in (DONE, "stopped")
     return Entry(job, DONE if ended else KILLED, seconds)
-
-
-def _is_held(folder: Path) -> bool:
-    if not (folder / LOCK).is_file():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
 
 
 def _combinations(overrides: list[str]) -> list[list[str]]:
