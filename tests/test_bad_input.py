@@ -308,6 +308,18 @@ def test_a_sweep_over_several_devices_is_refused(capfd, here: Path, place: str) 
     assert not list(here.iterdir())
 
 
+def test_a_sweeper_that_searches_is_refused(capfd, here: Path) -> None:
+    done = run_here(capfd, *TINY, "-m", "hydra/sweeper=optuna", "method.temperature=interval(1,2)")
+    assert done == Finished(
+        2,
+        "",
+        "error: hydra/sweeper=optuna: a sweeper that searches gets no number from the jobs; search "
+        "with W&B (wandb sweep conf/wandb_sweep/<name>.yaml), or list the values: "
+        "key=value,value\n",
+    )
+    assert not list(here.iterdir())
+
+
 def test_two_processes_do_not_share_a_run_directory(capfd, here: Path) -> None:
     assert run_here(capfd, *TINY, "experiment=sft", "stop_after=tokenizer").code == 0
     folder = only_run(here / "outputs")

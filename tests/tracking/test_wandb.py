@@ -171,3 +171,42 @@ def test_a_picture_is_logged_as_an_image(here: Path) -> None:
     assert logged["_type"] == "image-file"
     (kept,) = here.glob(f"wandb/offline-run-*/files/{logged['path']}")
     assert kept.read_bytes() == picture.read_bytes()
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `wandb agent` says to the command that it starts."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep0")
+    monkeypatch.setenv("WANDB_RUN_ID", "given0")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(("words", "swept"), [((), "evaluate"), (("=train",), "train")])
+def test_one_stage_has_the_run_of_the_agent(
+    capfd, here: Path, agent: None, words: tuple[str, ...], swept: str
+) -> None:
+    chosen = [f"tracking.sweep_stage{word}" for word in words]
+    done = run_here(capfd, *WANDB, "experiment=sft", *chosen)
+    assert done.code == 0, done.err
+    folder = only_run(here / "outputs")
+    ids = json.loads((folder / "wandb_ids.json").read_text())
+    assert [stage for stage, run_id in ids.items() if run_id == "given0"] == [swept]
+    runs = {
+        stage: next(r.run for r in read if r.WhichOneof("record_type") == "run")
+        for stage, read in offline_runs(folder).items()
+    }
+    assert {stage: run.run_id for stage, run in runs.items()} == ids
+    assert {run.run_group for run in runs.values()} == {"sweep0"}
+
+
+def test_a_stage_for_the_agent_that_is_none(capfd, here: Path, agent: None) -> None:
+    done = run_here(capfd, *WANDB, "experiment=sft", "tracking.sweep_stage=trian")
+    assert done.code == 2
+    assert done.err == (
+        "error: tracking.sweep_stage=trian: this recipe has no stage of that name; its stages are "
+        "tokenizer, train, evaluate; did you mean 'train'?\n"
+    )

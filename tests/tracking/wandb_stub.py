@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 ENTITY = "someone"
 KEY = "a" * 40
@@ -294,13 +294,16 @@ class WandbStub:
         return f"{self.url}/put/{owner}/{name}"
 
 
+Stub = TypeVar("Stub", bound=WandbStub)
+
+
 def _json_lines(name: str, chunk: Json) -> list[str]:
     """Return the lines of a stream that holds JSON, and none of the console's."""
     return chunk["content"] if name.endswith((".json", ".jsonl")) else []
 
 
 @contextmanager
-def wandb_stub() -> Iterator[WandbStub]:
+def wandb_stub(kind: type[Stub] = WandbStub) -> Iterator[Stub]:
     """Serve on a free port of loopback."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -345,7 +348,7 @@ def wandb_stub() -> Iterator[WandbStub]:
                 stub.unknown.append(repr(error))
 
     server = Server(("127.0.0.1", 0), Handler)
-    stub = WandbStub(f"http://127.0.0.1:{server.server_port}")
+    stub = kind(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -109,11 +109,14 @@ def recipes(conf: Path) -> dict[str, tuple[str, str]]:
 
 
 def groups(conf: Path) -> dict[str, list[str]]:
-    """Return group -> options; a group within another one is `evaluation/features`."""
+    """Return group -> options; a group within another one is `evaluation/features`.
+
+    `hydra` holds groups alone, and `wandb_sweep` holds files for `wandb sweep`.
+    """
     return {
         folder.relative_to(conf).as_posix(): sorted(p.stem for p in folder.glob("*.yaml"))
         for folder in sorted(conf.rglob("*"))
-        if folder.is_dir()
+        if folder.is_dir() and folder.name not in ("hydra", "wandb_sweep")
     }
 
 

@@ -24,6 +24,8 @@ from stillhouse.stages.workspace import register_resolvers
 UNCOMPOSED = (HydraException, OmegaConfBaseException, UserError)
 # Overrides that speak of one command and not of the run.
 FOR_ONE_COMMAND = ("resume=", "plan=", "stop_after=", "force=")
+# Hydra's sweeper that takes every combination of the values listed.
+BASIC = "basic"
 
 
 def prepare(argv: list[str], conf: Path) -> list[str]:
@@ -51,6 +53,7 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     if values.get("plan", "").lower() == "true":
         argv = [*argv, "hydra.output_subdir=null", *([] if resumed else ["hydra.run.dir=."])]
     if {"-m", "--multirun"} & set(options):
+        _refuse_searches(values)
         _refuse_devices_of_a_sweep(overrides, conf)
     if any(o.startswith(("stages.", "+stages.")) for o in overrides):
         _refuse_interpolated_keys(overrides, conf)
@@ -160,6 +163,17 @@ def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
     except UNCOMPOSED:  # Hydra composes the same again and its error is told from there
         return
     check_devices(config, sweep=True)
+
+
+def _refuse_searches(values: dict[str, str]) -> None:
+    """Refuse a sweeper that searches: the jobs of a sweep hand Hydra no number to search by."""
+    sweeper = values.get("hydra/sweeper", BASIC)
+    if sweeper != BASIC:
+        raise UserError(
+            f"hydra/sweeper={sweeper}: a sweeper that searches gets no number from the jobs; "
+            "search with W&B (wandb sweep conf/wandb_sweep/<name>.yaml), or list the values: "
+            "key=value,value"
+        )
 
 
 def _resume(folder: Path, argv: list[str], overrides: list[str], conf: Path) -> list[str]:

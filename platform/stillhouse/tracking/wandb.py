@@ -4,6 +4,7 @@ A stage's run has the stage's name as its job type, so that the same curve of te
 student lies in one chart. The x-axis is our own `step` (`define_metric`), since W&B's step cannot
 go back when a killed stage goes on. Run ids are kept in the run directory: a resumed stage writes
 to the run that it began; the addresses of online ones lie beside them, for `compare`'s links.
+Under `wandb agent` one stage's run is the agent's (`sweep_agent.py`).
 """
 
 import json
@@ -11,23 +12,27 @@ import os
 import secrets
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from stillhouse.errors import UserError, did_you_mean
 from stillhouse.files import SERIES, WANDB_URLS, write_json
 from stillhouse.tracking.lineage import StageArtifact, as_wandb_artifact
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.runs import RunInfo
 from stillhouse.tracking.series import read_series
+from stillhouse.tracking.sweep_agent import Agent, agent_of_this_process
 
 IDS = "wandb_ids.json"
 # Steps that are sent again at the seam of a resumed stage: what was on its way when the run was
 # killed may have come to the summary and not to the rows.
 MARGIN = 5
+# Where an agent says that the runs of its sweep go.
+OF_THE_SWEEP = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}
 
 
 class StepWandbLogger(WandbLogger):
@@ -140,6 +145,7 @@ class WandbTracking:
         mode: Literal["auto", "online", "offline", "disabled"] = "auto",
         group: str | None = None,
         tags: list[str] | None = None,
+        sweep_stage: str | None = None,
         lineage: bool = True,
         upload: bool = False,
     ) -> None:
@@ -149,8 +155,10 @@ class WandbTracking:
             project: W&B project.
             entity: W&B user or team; null takes the account's own.
             mode: `online`, `offline`, `disabled`, or `auto`: online with an API key, else offline.
-            group: of the runs; null takes the sweep, or the run itself.
+            group: of the runs; null takes the sweep (under an agent W&B's), or the run itself.
             tags: of the runs; the recipe's name and the stage's class are added.
+            sweep_stage: under `wandb agent`, the stage whose run is the sweep's, with its metric;
+                null takes the recipe's last.
             lineage: whether artifacts and their edges are told, by reference.
             upload: whether the artifacts' files, weights among them, are sent too.
         """
@@ -159,32 +167,72 @@ class WandbTracking:
         self.mode = mode
         self.group = group
         self.tags = tags or []
+        self.sweep_stage = sweep_stage
         self.lineage = lineage
         self.upload = upload
 
     @contextmanager
     def stage(self, run: RunInfo, name: str, kind: str, folder: Path) -> Iterator[WandbTracker]:
-        """Open a W&B run for one stage; finish it in all cases, as failed when the stage failed."""
+        """Open a W&B run for one stage; finish it in all cases, as failed when the stage failed.
+
+        Raises:
+            UserError: under an agent, when the recipe has no stage `sweep_stage`.
+        """
+        agent = agent_of_this_process()
+        is_agents = agent is not None and name == self._swept_stage(run)
+        with nullcontext() if agent is None or is_agents else agent.unknown():
+            wandb_run = self._begin(run, name, kind, agent, is_agents=is_agents)
+            try:
+                wandb_run.define_metric("step")
+                wandb_run.define_metric("*", step_metric="step")
+                series = SeriesLogger(folder / SERIES, name)
+                yield WandbTracker(
+                    wandb_run,
+                    series,
+                    _first_lacking(wandb_run, series.path),
+                    lineage=self.lineage,
+                    upload=self.upload,
+                )
+            except BaseException:
+                wandb_run.finish(exit_code=1)
+                raise
+            wandb_run.finish()
+
+    def _swept_stage(self, run: RunInfo) -> str:
+        stages = [stage for stage, node in run.config["stages"].items() if node is not None]
+        swept = self.sweep_stage or stages[-1]
+        if swept not in stages:
+            raise UserError(
+                f"tracking.sweep_stage={swept}: this recipe has no stage of that name; its stages "
+                f"are {', '.join(stages)}{did_you_mean(swept, stages)}"
+            )
+        return swept
+
+    def _begin(
+        self, run: RunInfo, name: str, kind: str, agent: Agent | None, *, is_agents: bool
+    ) -> Any:
+        """Begin a stage's W&B run, or go on with it; the agent's has its id and place from it."""
         import wandb
 
         ids_file = run.folder / IDS
         ids = json.loads(ids_file.read_text()) if ids_file.exists() else {}
         known = name in ids
-        ids.setdefault(name, secrets.token_hex(4))
+        ids.setdefault(name, agent.run if agent and is_agents else secrets.token_hex(4))
         write_json(ids_file, ids)
         mode: Any = self.mode
         if mode == "auto" and os.environ.get("WANDB_MODE"):
             mode = None  # W&B reads the variable itself
         elif mode == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        place = {"project": self.project, "entity": self.entity, "id": ids[name]}
+        if agent is not None:  # the sweep's project, for all stages
+            place |= {k: os.environ[v] for k, v in OF_THE_SWEEP.items() if v in os.environ}
         wandb_run = wandb.init(
-            project=self.project,
-            entity=self.entity,
+            **({} if is_agents else place),
             mode=mode,
-            id=ids[name],
             resume="allow" if known and mode != "offline" else None,
             name=f"{run.name}/{name}",
-            group=self.group or run.group,
+            group=self.group or (run.group if agent is None else agent.sweep),
             job_type=name,
             tags=sorted({*self.tags, run.recipe, kind}),
             dir=run.folder,
@@ -192,16 +240,7 @@ class WandbTracking:
             settings=wandb.Settings(silent=True, console="off", quiet=True),
         )
         _keep_url(run.folder / WANDB_URLS, name, wandb_run.url)
-        try:
-            wandb_run.define_metric("step")
-            wandb_run.define_metric("*", step_metric="step")
-            series = SeriesLogger(folder / SERIES, name)
-            lacking = _first_lacking(wandb_run, series.path)
-            yield WandbTracker(wandb_run, series, lacking, lineage=self.lineage, upload=self.upload)
-        except BaseException:
-            wandb_run.finish(exit_code=1)
-            raise
-        wandb_run.finish()
+        return wandb_run
 
 
 def _first_lacking(run: Any, series: Path) -> int | None:
