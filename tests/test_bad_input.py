@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,19 @@ def test_a_sweeper_that_searches_is_refused(capfd, here: Path) -> None:
         "error: hydra/sweeper=optuna: a sweeper that searches gets no number from the jobs; search "
         "with W&B (wandb sweep conf/wandb_sweep/<name>.yaml), or list the values: "
         "key=value,value\n",
+    )
+    assert not list(here.iterdir())
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+@pytest.mark.parametrize("launcher", ["ray", "ray_tasks"])
+def test_a_launcher_whose_package_is_not_installed(capfd, here: Path, launcher: str) -> None:
+    done = run_here(capfd, *TINY, "-m", f"hydra/launcher={launcher}", "seed=0,1")
+    assert done == Finished(
+        2,
+        "",
+        "error: hydra/launcher: ray needs a package that is not installed: pip install "
+        "'ray[default]' boto3 && pip install --no-deps hydra-ray-launcher\n",
     )
     assert not list(here.iterdir())
 

@@ -9,6 +9,16 @@ from typing import Any, TextIO
 from stillhouse.config.arguments import groups, option, overrides_of
 from stillhouse.errors import UserError, did_you_mean
 
+# Option of `hydra/launcher` -> how to install what brings it.
+SUBMITIT = "pip install 'stillhouse[slurm]'"
+LAUNCHERS = {
+    "joblib": "pip install 'stillhouse[sweeps]'",
+    "submitit_local": SUBMITIT,
+    "submitit_slurm": SUBMITIT,
+    # Its pin of cloudpickle does not fit joblib; Ray brings a copy of its own.
+    "ray": "pip install 'ray[default]' boto3 && pip install --no-deps hydra-ray-launcher",
+}
+
 
 def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
     """Return the line to print for an error that the user can mend; None for a fault of ours."""
@@ -19,6 +29,8 @@ def one_line(error: Exception, argv: list[str], conf: Path) -> str | None:
             "a worker of the launcher was killed from outside, perhaps for want of memory, and the "
             "others ended with it; give hydra.launcher.n_jobs fewer"
         )
+    if type(error).__module__.startswith("submitit.") or 'detect "srun"' in str(error):
+        return _of_submitit(error)
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -79,10 +91,38 @@ def _list_of_one_run(text: str) -> str:
     )
 
 
+def _of_submitit(error: Exception) -> str | None:
+    """Tell what became of a job of submitit, from inside of it or from the command that gave it."""
+    kind, text = type(error).__name__, str(error)
+    if 'detect "srun"' in text:
+        return (
+            "hydra/launcher=slurm: this machine has no srun; start the sweep where SLURM's "
+            "commands are, or run its jobs on this machine with hydra/launcher=joblib"
+        )
+    if "Job not requeued because" in text:
+        return (
+            "the job's time was over; hydra.launcher.timeout_min=<minutes> gives it more, and with "
+            "hydra.launcher.max_num_timeout=<n> it goes on from its last checkpoint, n times"
+        )
+    if kind == "UncompletedJobError":
+        return (
+            "a job of the launcher ended without a result, killed or out of memory or time; what "
+            "it wrote is in .submitit of the sweep's folder; jobs that run go on by themselves: "
+            "--config-name jobs sweep=<folder> shows them"
+        )
+    if "failed during processing" in text:
+        return None
+    return f"SLURM does not take the jobs: {' '.join(text.split())}; set hydra.launcher.<key>"
+
+
 def _missing_option(error: Any, conf: Path) -> str:
     """Tell an option that a group does not have, or a job that does not exist."""
     name = str(error.missing_cfg_file or "")
     group, _, choice = name.rpartition("/")
+    if group == "hydra/launcher" and choice in LAUNCHERS:
+        return (
+            f"hydra/launcher: {choice} needs a package that is not installed: {LAUNCHERS[choice]}"
+        )
     options = list(error.options or groups(conf).get(group, []))
     if not group:
         options = sorted(p.stem for p in conf.glob("*.yaml"))

@@ -24,7 +24,7 @@ from stillhouse.stages.workspace import register_resolvers
 UNCOMPOSED = (HydraException, OmegaConfBaseException, UserError)
 # Overrides that speak of one command and not of the run.
 FOR_ONE_COMMAND = ("resume=", "plan=", "stop_after=", "force=")
-# Hydra's sweeper that takes every combination of the values listed.
+# Hydra's launcher that runs the jobs of a sweep one by one in this process, and its sweeper.
 BASIC = "basic"
 
 
@@ -54,7 +54,8 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
         argv = [*argv, "hydra.output_subdir=null", *([] if resumed else ["hydra.run.dir=."])]
     if {"-m", "--multirun"} & set(options):
         _refuse_searches(values)
-        _refuse_devices_of_a_sweep(overrides, conf)
+        if values.get("hydra/launcher", BASIC) == BASIC:
+            _refuse_devices_of_a_sweep(overrides, conf)
     if any(o.startswith(("stages.", "+stages.")) for o in overrides):
         _refuse_interpolated_keys(overrides, conf)
     return argv
@@ -111,15 +112,19 @@ def shown_config(argv: list[str], conf: Path) -> str:
     return OmegaConf.to_yaml(config, resolve="--resolve" in argv)
 
 
-def check_devices(config: DictConfig, *, sweep: bool) -> None:
+def check_devices(config: DictConfig, *, one_process: bool) -> None:
     """Refuse devices, nodes and strategies that a stage cannot start its ranks on.
+
+    Args:
+        config: a composed recipe.
+        one_process: whether all jobs of a sweep run in this process.
 
     Raises:
         UserError: with the way out.
     """
     for place, trainer, count in _trainers(config):
         where = f"{place}.devices={trainer.devices}"
-        if sweep and not (count == 1 and trainer.num_nodes == 1):
+        if one_process and not (count == 1 and trainer.num_nodes == 1):
             raise UserError(
                 f"{where} with -m: every device would start the whole sweep again; give each job a "
                 "process of its own with a launcher (hydra/launcher=…), or loop over single runs "
@@ -162,7 +167,7 @@ def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
         config = compose_job([o for o in overrides if not _is_sweep(o)], conf)
     except UNCOMPOSED:  # Hydra composes the same again and its error is told from there
         return
-    check_devices(config, sweep=True)
+    check_devices(config, one_process=True)
 
 
 def _refuse_searches(values: dict[str, str]) -> None:
