@@ -11,6 +11,7 @@ import pytest
 from commands import TINY, fail_at_export, only_run, run_here
 from wandb.proto import wandb_internal_pb2
 
+from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.runs import RunInfo
 from stillhouse.tracking.similarity_pictures import draw_similarity
 from stillhouse.tracking.wandb import WandbTracking
@@ -158,6 +159,8 @@ def test_a_picture_is_logged_as_an_image(here: Path) -> None:
         group="echoatt",
         overrides=[],
         config={},
+        artifacts=[StageArtifact("analyse", "Analyse", "0" * 64, here)],
+        last_stage="analyse",
     )
     picture = draw_similarity([[1.0, 0.5], [0.5, 1.0]], here / "similarity.png", "two layers")
     with WandbTracking(project="stillhouse").stage(info, "analyse", "Analyse", here) as tracker:

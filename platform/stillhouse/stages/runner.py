@@ -88,7 +88,9 @@ def _carry_out(plan: list[Step], workspace: Workspace, console: Console) -> None
     """Do what a plan says and keep the run's record."""
     config, folder = workspace.config, workspace.run
     tracking: Tracking = instantiate(config.tracking)
-    record = RunRecord.open(folder, describe_run(config, folder))
+    told = [_as_told(step.stage, workspace) for step in plan if step.state != "not needed"]
+    info = describe_run(config, folder, told, workspace.stages[-1])
+    record = RunRecord.open(folder, info)
     record.write_config(config)
     try:
         for step in plan:
@@ -231,7 +233,7 @@ def _make(
         result: StageResult = instantiate(node, _recursive_=False, _convert_="all")(
             StageContext(stage, output, scratch, tracker, console)
         )
-        tracker.summarise(result.metrics, result.models)
+        tracker.summarise(result.metrics, result.models, record.models)
         if (scratch / SERIES).exists():
             shutil.copy2(scratch / SERIES, output / SERIES)
         manifest = artifacts.publish(

@@ -22,7 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from stillhouse.config.essence import config_hash
 from stillhouse.config.preflight import BASIC
 from stillhouse.files import CONFIG, RESULTS, SERIES, write_json
+from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.series import append_rows, read_series
+
+# Role -> metric -> number.
+Models = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class RunInfo:
         group: the sweep, or the recipe for a single run.
         overrides: the command line's own keys.
         config: the resolved config.
+        artifacts: what its stages make, or take from the cache, in their order.
+        last_stage: of the recipe; a run is done when this one is.
     """
 
     recipe: str
@@ -50,6 +56,8 @@ class RunInfo:
     group: str
     overrides: Sequence[str]
     config: Mapping[str, Any]
+    artifacts: Sequence[StageArtifact]
+    last_stage: str
 
 
 def is_sweep() -> bool:
@@ -62,7 +70,9 @@ def is_one_of_a_process() -> bool:
     return is_sweep() and HydraConfig.get().runtime.choices["hydra/launcher"] == BASIC
 
 
-def describe_run(config: DictConfig, folder: Path) -> RunInfo:
+def describe_run(
+    config: DictConfig, folder: Path, artifacts: Sequence[StageArtifact], last_stage: str
+) -> RunInfo:
     """Collect what is known of a run."""
     sweeping = is_sweep()
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -78,6 +88,8 @@ def describe_run(config: DictConfig, folder: Path) -> RunInfo:
         group=folder.parent.name if sweeping else config.recipe,
         overrides=overrides,
         config={str(k): v for k, v in resolved.items()},
+        artifacts=artifacts,
+        last_stage=last_stage,
     )
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from stillhouse.files import SERIES
 from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.loggers import SeriesLogger
-from stillhouse.tracking.runs import RunInfo
+from stillhouse.tracking.runs import Models, RunInfo
 
 
 class StageTracker(Protocol):
@@ -41,10 +41,14 @@ class StageTracker(Protocol):
         """Log a PNG that lies at `path`."""
         ...
 
-    def summarise(
-        self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
-    ) -> None:
-        """Log a stage's final numbers."""
+    def summarise(self, metrics: Mapping[str, float], models: Models, earlier: Models) -> None:
+        """Log a stage's final numbers.
+
+        Args:
+            metrics: of the stage itself.
+            models: numbers that the stage measured, by role.
+            earlier: numbers of the stages before it, cached ones among them.
+        """
         ...
 
 
@@ -91,9 +95,7 @@ class FileTracker:
     def picture(self, name: str, path: Path) -> None:
         """Do nothing: the stage drew the picture into its artifact."""
 
-    def summarise(
-        self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
-    ) -> None:
+    def summarise(self, metrics: Mapping[str, float], models: Models, earlier: Models) -> None:
         """Do nothing: `results.json` holds the numbers."""
 
 

@@ -23,9 +23,10 @@ from stillhouse.errors import UserError, did_you_mean
 from stillhouse.files import SERIES, WANDB_URLS, write_json
 from stillhouse.tracking.lineage import StageArtifact, as_wandb_artifact
 from stillhouse.tracking.loggers import SeriesLogger
-from stillhouse.tracking.runs import RunInfo
+from stillhouse.tracking.runs import Models, RunInfo
 from stillhouse.tracking.series import read_series
 from stillhouse.tracking.sweep_agent import Agent, agent_of_this_process
+from stillhouse.tracking.wandb_facts import facts_of, numbers_so_far
 
 IDS = "wandb_ids.json"
 # Steps that are sent again at the seam of a resumed stage: what was on its way when the run was
@@ -125,11 +126,9 @@ class WandbTracker:
 
         self.run.log({name: wandb.Image(str(path))})
 
-    def summarise(
-        self, metrics: Mapping[str, float], models: Mapping[str, Mapping[str, float]]
-    ) -> None:
+    def summarise(self, metrics: Mapping[str, float], models: Models, earlier: Models) -> None:
         """Set the run's summary: `metric` of the stage, `role/metric` of the models."""
-        self.run.summary.update(dict(metrics))
+        self.run.summary.update({**metrics, **numbers_so_far(models, earlier)})
         for role, numbers in models.items():
             self.run.summary.update({f"{role}/{name}": v for name, v in numbers.items()})
 
@@ -236,7 +235,7 @@ class WandbTracking:
             job_type=name,
             tags=sorted({*self.tags, run.recipe, kind}),
             dir=run.folder,
-            config={**run.config, "git": run.git, "stage": name, "config_hash": run.config_hash},
+            config={**run.config, **vars(facts_of(run, name, ids))},
             settings=wandb.Settings(silent=True, console="off", quiet=True),
         )
         _keep_url(run.folder / WANDB_URLS, name, wandb_run.url)
