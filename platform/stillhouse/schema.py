@@ -84,7 +84,8 @@ class Comparison:
     """The job `compare`: which runs, against what, and where the result goes.
 
     Attributes:
-        runs: run directories, sweep directories or globs of them.
+        runs: run directories, sweep directories or globs of them, and runs at Weights & Biases as
+            `wandb:<entity>/<project>/<group>`; one, or a list.
         baseline: a role (`student_alone`), or `key=value` that picks the baseline's runs.
         metrics: columns of the table; null shows every metric that one of the runs has.
         x: metric on the horizontal axis of the picture of quality.
@@ -93,7 +94,7 @@ class Comparison:
     """
 
     _target_: str = MISSING
-    runs: list[str] = MISSING
+    runs: Any = MISSING
     baseline: str | None = None
     metrics: list[str] | None = None
     x: str = "parameters"

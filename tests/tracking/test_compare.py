@@ -38,7 +38,7 @@ def test_nothing_left_says_what_was_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path / "a", status="failed")
-    wanted = r"none of the 1 run directories of .*a can be compared; looked for a results.json"
+    wanted = r"none of the runs of .*a can be compared; looked for a results.json"
     with pytest.raises(UserError, match=wanted):
         compare_runs(job(runs=[str(tmp_path / "a")], to=str(tmp_path / "to")), tmp_path)
     assert "warning:" in capsys.readouterr().out

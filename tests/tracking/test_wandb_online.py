@@ -2,13 +2,12 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import TINY, fail_at_export, kill, only_run, run_here, run_process, start_process
-from tracking.wandb_stub import ENTITY, KEY, WandbStub, wandb_stub
+from tracking.wandb_stub import ENTITY, KEY, WandbStub
 
 from stillhouse.tracking.loggers import SeriesLogger
 from stillhouse.tracking.series import read_series
@@ -33,23 +32,6 @@ def values(history: list[dict[str, Any]]) -> Values:
 def values_in(path: Path, stage: str) -> Values:
     """Return (step, metric, value) of a stage in `metrics.csv`."""
     return {(step, name, value) for of, step, name, value in read_series(path) if of == stage}
-
-
-@pytest.fixture
-def server(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStub]:
-    """A stub that W&B's client takes for its server; nothing of the login stays behind."""
-    import wandb
-
-    with wandb_stub() as stub:
-        monkeypatch.delenv("WANDB_MODE")
-        monkeypatch.setenv("WANDB_BASE_URL", stub.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("NETRC", str(here / "no netrc"))
-        wandb.teardown()  # the settings that another test's environment gave
-        try:
-            yield stub
-        finally:
-            wandb.teardown()
 
 
 def test_a_recipe_is_sent_as_one_run_a_stage(capfd, here: Path, server: WandbStub) -> None:

@@ -13,12 +13,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
 ENTITY = "someone"
 KEY = "a" * 40
 Json = dict[str, Any]
+
+
+def now() -> str:
+    """Return the time as W&B writes it."""
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 @dataclass
@@ -34,6 +40,7 @@ class StubRun:
         history, events: rows by their line.
         exit_codes: one for every time that the run ended.
         files: name -> content.
+        created: when.
     """
 
     id: str
@@ -48,6 +55,7 @@ class StubRun:
     summary: Json = field(default_factory=dict)
     exit_codes: list[int] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
+    created: str = field(default_factory=now)
 
 
 @dataclass
@@ -81,6 +89,7 @@ class WandbStub:
         url: where it listens.
         runs: id -> run.
         artifacts: id -> version.
+        status: HTTP status of its answers.
         unknown: operations that it had no answer for, and its own errors.
     """
 
@@ -88,6 +97,7 @@ class WandbStub:
         self.url = url
         self.runs: dict[str, StubRun] = {}
         self.artifacts: dict[str, StubArtifact] = {}
+        self.status = 200
         self.unknown: list[str] = []
         self._lock = threading.Lock()
 
@@ -331,7 +341,7 @@ def wandb_stub(kind: type[Stub] = WandbStub) -> Iterator[Stub]:
 
         def _answer(self, content: Json) -> None:
             answer = json.dumps(content).encode()
-            self.send_response(200)
+            self.send_response(stub.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()

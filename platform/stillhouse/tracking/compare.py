@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -32,6 +33,7 @@ from stillhouse.tracking.page.page import REPORT, page
 from stillhouse.tracking.page.records import make_report
 from stillhouse.tracking.report import format_number
 from stillhouse.tracking.tradeoff import TradeOff, choose_quality, trade_off
+from stillhouse.tracking.wandb_source import SCHEME, read_sources
 
 CURVE = "val_nll"
 CSV_COLUMNS = ("group", "role", "metric", "mean", "sd", "n", "difference", "low", "high", "pairs")
@@ -60,13 +62,16 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if OmegaConf.is_missing(config, "runs") or not config.runs:
         raise UserError("runs: name the runs to compare, such as 'runs=[outputs/word_kd/*]'")
-    folders = find_folders(config.runs)
+    entries = _entries(config.runs)
+    folders = find_folders([e for e in entries if not e.startswith(SCHEME)])
     runs, warnings = read_runs(folders)
+    further, more = read_sources([e for e in entries if e.startswith(SCHEME)])
+    runs, warnings = [*runs, *further], [*warnings, *more]
     if not runs:
         _warn(warnings, console)
         raise UserError(
-            f"runs: none of the {len(folders)} run directories of {', '.join(config.runs)} can be "
-            f"compared; looked for a {RESULTS} with status done and numbers of models"
+            f"runs: none of the runs of {', '.join(entries)} can be compared; looked for a "
+            f"{RESULTS}, or a run at W&B, with status done and numbers of models"
         )
     groups, older = folding.group_runs(runs)
     metrics = folding.choose_metrics(groups, config.metrics, config.x, config.y)
@@ -114,6 +119,14 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
     names = publish(write, to)
     console.print(Text(f"{to}: {', '.join(names)}"))
     console.print(Text(f"open {to / REPORT} in a browser: all of it on one page"))
+
+
+def _entries(runs: Any) -> list[str]:
+    """Return the entries of `runs`, which may be a single one."""
+    entries = [runs] if isinstance(runs, str) else runs
+    if not isinstance(entries, Sequence) or not all(isinstance(e, str) for e in entries):
+        raise UserError(f"runs: {runs}: expected run directories, or wandb:<entity>/<project>/…")
+    return list(entries)
 
 
 def main_sheet(cells: Sequence[Cell], metrics: Sequence[str]) -> Sheet:
@@ -201,7 +214,7 @@ def _escaped(row: Sequence[str]) -> list[str]:
 
 def command_line(config: DictConfig) -> str:
     """Return the command that makes this comparison, quoted for Hydra and for the shell."""
-    words = [f"runs=[{','.join(map(_for_hydra, config.runs))}]"]
+    words = [f"runs=[{','.join(map(_for_hydra, _entries(config.runs)))}]"]
     if config.baseline is not None:
         words.append(f"baseline={_for_hydra(config.baseline)}")
     if config.metrics is not None:

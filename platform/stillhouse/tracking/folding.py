@@ -113,7 +113,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         other = seeds.get(run.seed)
         if other is not None:
             older, run = sorted((other, run), key=lambda r: r.written)
-            left_out.append(f"{older.folder} is left out: {run.folder} is a newer run of its seed")
+            left_out.append(f"{older.name} is left out: {run.name} is a newer run of its seed")
         seeds[run.seed] = run
     groups = [
         Group(recipe, tuple(seeds[s] for s in sorted(seeds)))

@@ -12,6 +12,7 @@ import yaml
 
 from stillhouse.errors import UserError, did_you_mean
 from stillhouse.files import CONFIG, RESULTS, SERIES
+from stillhouse.tracking.leavings import Leavings, read_leavings
 from stillhouse.tracking.runs import read_results
 from stillhouse.tracking.series import read_series
 
@@ -23,10 +24,11 @@ LONGEST_ERROR = 200
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as its directory tells it.
+    """A finished run, as its directory tells it, or W&B.
 
     Attributes:
-        folder: the run directory.
+        name: how it is told: the run directory, or its place in W&B.
+        folder: the run directory; None where W&B alone tells of it.
         recipe: name of the recipe.
         config_hash: equal for runs that differ in their seed only.
         seed: of the run.
@@ -35,9 +37,11 @@ class Run:
         config: the resolved config; empty where it cannot be read.
         series: rows (stage, step, metric, value).
         written: time at which its results were last written, seconds since the epoch.
+        leavings: what there is to be looked at.
     """
 
-    folder: Path
+    name: str
+    folder: Path | None
     recipe: str
     config_hash: str
     seed: int
@@ -46,6 +50,7 @@ class Run:
     config: Mapping[str, Any]
     series: tuple[tuple[str, int, str, float], ...]
     written: float
+    leavings: Leavings
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -119,10 +124,11 @@ def _read_run(folder: Path) -> Run | str:
         assert results is not None
         if results["status"] != "done":
             return _what_happened(results)
-        models = {role: _numbers(metrics) for role, metrics in results["models"].items()}
+        models = {role: numbers_of(metrics) for role, metrics in results["models"].items()}
         if not any(models.values()):
             return "it is done but has no numbers of models; did its evaluation run?"
         return Run(
+            name=str(folder),
             folder=folder,
             recipe=results["recipe"],
             config_hash=results["config_hash"],
@@ -132,12 +138,14 @@ def _read_run(folder: Path) -> Run | str:
             config=_read_config(folder / CONFIG),
             series=tuple(read_series(folder / SERIES)) if (folder / SERIES).is_file() else (),
             written=(folder / RESULTS).stat().st_mtime,
+            leavings=read_leavings(folder),
         )
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
         return f"its {RESULTS} cannot be read"
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return what of a role's metrics is a number."""
     return {
         name: value
         for name, value in metrics.items()

@@ -1,4 +1,4 @@
-"""What a run directory holds beside its numbers: pictures, continuations, addresses at W&B."""
+"""What a run left beside its numbers: pictures, continuations, addresses at W&B."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from stillhouse.files import SERIES, WANDB_URLS
 
 @dataclass(frozen=True)
 class Leavings:
-    """What lies in a run directory to be looked at.
+    """What a run left to be looked at.
 
     Attributes:
         samples: pictures of samples, those of the evaluation first.

@@ -82,8 +82,9 @@ def _flat(run: Run) -> dict[str, str]:
 
 
 def _leaves(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted keys with their values; an empty node is as none, which W&B makes of it."""
     for key, value in node.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else _text(value)

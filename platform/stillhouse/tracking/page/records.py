@@ -1,14 +1,13 @@
 """What the page of a comparison is made of, and how it names and links its parts."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from stillhouse.tracking.folding import Cell, Group
 from stillhouse.tracking.gather import Run
-from stillhouse.tracking.leavings import Leavings, read_leavings
 from stillhouse.tracking.page.html import Markup, element, join, link
 from stillhouse.tracking.page.names import short_names
 from stillhouse.tracking.page.svg import look, swatch
@@ -29,7 +28,6 @@ class Report:
         command: that makes this comparison.
         warnings: a line for each thing left out.
         to: folder in which the page lies; links are relative to it.
-        leavings: run directory -> what it holds beside its numbers.
         varied: keys that tell the groups apart.
         names: short labels of the groups.
     """
@@ -43,7 +41,6 @@ class Report:
     command: str
     warnings: tuple[str, ...]
     to: Path
-    leavings: Mapping[Path, Leavings]
     varied: tuple[Varied, ...]
     names: tuple[str, ...]
 
@@ -81,7 +78,7 @@ def make_report(
     warnings: Sequence[str],
     to: Path,
 ) -> Report:
-    """Collect what the page tells; read what the run directories hold beside their numbers."""
+    """Collect what the page tells."""
     return Report(
         groups=tuple(groups),
         cells=tuple(cells),
@@ -92,7 +89,6 @@ def make_report(
         command=command,
         warnings=tuple(warnings),
         to=to,
-        leavings={run.folder: read_leavings(run.folder) for group in groups for run in group.runs},
         varied=tuple(varied_keys(groups)),
         names=tuple(short_names([group.label for group in groups])),
     )
@@ -143,17 +139,27 @@ def legend(report: Report, *, shared: bool = False) -> Markup:
     return element("ul", *items, class_="legend")
 
 
-def proof(report: Report, run: Run) -> Markup | None:
+def stage_of_numbers(run: Run) -> str:
+    """Return the stage in whose W&B run a run's numbers were written."""
+    urls = run.leavings.urls
+    return "evaluate" if "evaluate" in urls else list(urls)[-1]
+
+
+def proof(run: Run) -> Markup | None:
     """Link to the W&B run in which a run's numbers were written; None where none was online."""
-    urls = report.leavings[run.folder].urls
-    if not urls:
+    if not run.leavings.urls:
         return None
-    stage = "evaluate" if "evaluate" in urls else list(urls)[-1]
-    return link(urls[stage], "W&B", title=f"the stage {stage} of this run at Weights & Biases")
+    stage = stage_of_numbers(run)
+    title = f"the stage {stage} of this run at Weights & Biases"
+    return link(run.leavings.urls[stage], "W&B", title=title)
+
+
+def address(report: Report, run: Run) -> str:
+    """Return the address of a run: its folder, or without one its place in W&B."""
+    return report.href(run.folder) if run.folder else run.leavings.urls[stage_of_numbers(run)]
 
 
 def to_run(report: Report, run: Run, words: object) -> Markup:
     """Link to a run's folder, and to W&B behind it."""
-    target = report.href(run.folder)
-    folder = link(target, words, title=f"seed {run.seed}: {run.folder}")
-    return join([folder, proof(report, run)], " ")
+    place = link(address(report, run), words, title=f"seed {run.seed}: {run.name}")
+    return join([place, proof(run) if run.folder else None], " ")

@@ -3,7 +3,7 @@
 from stillhouse.files import CONFIG, RESULTS, SERIES
 from stillhouse.tracking.gather import Run
 from stillhouse.tracking.page.html import Markup, element, join, link, table, unfolded
-from stillhouse.tracking.page.records import Report, setting_head
+from stillhouse.tracking.page.records import Report, address, setting_head
 from stillhouse.tracking.varied import ABSENT, Varied
 
 MOST_KEYS = 400
@@ -63,8 +63,8 @@ def every_run(report: Report) -> Markup:
             str(run.seed),
             _folder(report, run),
             _files(report, run),
-            _urls(report, run),
-            "; ".join(report.leavings[run.folder].missing),
+            _urls(run),
+            "; ".join(run.leavings.missing),
         ]
         for i, group in enumerate(report.groups)
         for run in group.runs
@@ -81,18 +81,20 @@ def every_run(report: Report) -> Markup:
 
 
 def _folder(report: Report, run: Run) -> Markup:
-    return link(report.href(run.folder), str(run.folder))
+    return link(address(report, run), run.name)
 
 
 def _files(report: Report, run: Run) -> Markup:
-    pictures = report.leavings[run.folder].pictures
+    if run.folder is None:
+        return element("td", element("span", "at W&B", class_="none"))
+    pictures = run.leavings.pictures
     paths = [run.folder / name for name in (RESULTS, CONFIG, SERIES)]
     paths += [run.folder / "pictures" / "loss.png", *pictures]
     return join([link(report.href(p), p.name) for p in paths if p.is_file()], " ")
 
 
-def _urls(report: Report, run: Run) -> Markup:
-    urls = report.leavings[run.folder].urls
+def _urls(run: Run) -> Markup:
+    urls = run.leavings.urls
     if not urls:
         return element("td", element("span", "offline or none", class_="none"))
     return join([link(url, stage) for stage, url in urls.items()], " ")

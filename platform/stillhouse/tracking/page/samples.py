@@ -47,7 +47,7 @@ def samples(report: Report) -> Markup:
 
 def _pictures(report: Report, runs: Sequence[Run]) -> list[Markup]:
     """Write a row of figures a file name; what is the same in all settings is there once."""
-    names = dict.fromkeys(p.name for run in runs for p in report.leavings[run.folder].samples)
+    names = dict.fromkeys(p.name for run in runs for p in run.leavings.samples)
     ordered = sorted(names, key=lambda name: not name.startswith("evaluate"))
     budget = Budget()
     blocks = []
@@ -55,7 +55,7 @@ def _pictures(report: Report, runs: Sequence[Run]) -> list[Markup]:
         found = [
             (i, run, path)
             for i, run in enumerate(runs)
-            for path in report.leavings[run.folder].samples
+            for path in run.leavings.samples
             if path.name == name
         ]
         alike = len(found) > 1 and len({_read(path) for _, _, path in found}) == 1
@@ -133,10 +133,10 @@ def _without_margins(picture: Image.Image) -> Image.Image:
 
 def _texts(report: Report, runs: Sequence[Run]) -> list[Markup]:
     """Write a table a prompt: a row a role, a column a setting that has continuations."""
-    told = [i for i, run in enumerate(runs) if report.leavings[run.folder].texts]
+    told = [i for i, run in enumerate(runs) if run.leavings.texts]
     found: dict[str, dict[str, dict[int, str]]] = {}
     for i in told:
-        for model, prompt, text in report.leavings[runs[i].folder].texts:
+        for model, prompt, text in runs[i].leavings.texts:
             found.setdefault(prompt, {}).setdefault(model, {})[i] = text
     blocks = []
     for prompt, models in found.items():
