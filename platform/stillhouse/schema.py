@@ -91,6 +91,7 @@ class Comparison:
         x: metric on the horizontal axis of the picture of quality.
         y: metric on its vertical axis; null takes `test_nll`, or else the table's first.
         to: folder of `compare.csv`, `compare.md`, `report.html` and the pictures.
+        publish: whether the comparison becomes a W&B Report, too, in its runs' project.
     """
 
     _target_: str = MISSING
@@ -100,6 +101,7 @@ class Comparison:
     x: str = "parameters"
     y: str | None = None
     to: str = "compare"
+    publish: bool = False
 
 
 @dataclass

@@ -1,16 +1,25 @@
-"""The stand-in for the W&B server with what its public API is asked: runs and their rows.
+"""The stand-in for the W&B server with what its public API is asked: runs, their rows, reports.
 
-It knows the operations that `wandb>=0.31` asks for while it lists runs and reads their history.
+It knows the operations that `wandb>=0.31` asks for while it lists runs and reads their history, and
+those with which `wandb-workspaces>=0.4` saves a report.
 """
 
 import json
 from typing import Any
 
-from tracking.wandb_stub import Json, StubRun, WandbStub
+from tracking.wandb_stub import ENTITY, Json, StubRun, WandbStub, now
 
 
 class PublicStub(WandbStub):
-    """The server, with runs to be read."""
+    """The server, with runs to be read.
+
+    Attributes:
+        reports: what was saved of every report.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.reports: list[Json] = []
 
     def _projects(self) -> list[str]:
         return sorted({run.project for run in self.runs.values()})
@@ -49,6 +58,24 @@ class PublicStub(WandbStub):
         rows = [r for r in self.runs[run].history if minStep <= r["_step"] < maxStep]
         return {"project": {"run": {"history": [json.dumps(row) for row in rows]}}}
 
+    def _on_project_internal_id(self, projectName: str, **_: Any) -> Json:
+        known = projectName in self._projects()
+        return {"project": {"id": projectName, "internalId": projectName} if known else None}
+
+    def _on_get_projects(self, **_: Any) -> Json:
+        nodes = [
+            {"__typename": "Project", **_project(name), "isBenchmark": False}
+            for name in self._projects()
+        ]
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": page, "edges": [{"node": n, "cursor": ""} for n in nodes]}}
+
+    def _on_upsert_view(self, **view: Any) -> Json:
+        self.reports.append({**view, "spec": json.loads(view["spec"])})
+        kept = {k: view[k] for k in ("type", "name", "displayName", "description", "spec")}
+        told = {"id": f"view{len(self.reports)}", "project": _project(view["projectName"]), **kept}
+        return {"upsertView": {"view": {**told, "updatedAt": now()}, "inserted": True}}
+
 
 def _has(run: StubRun, key: str, wanted: Any) -> bool:
     """Whether a filter of the public API, by group or by a key of the config, takes a run."""
@@ -81,3 +108,7 @@ def _told(run: StubRun) -> Json:
         "createdAt": run.created,
         "heartbeatAt": run.created,
     }
+
+
+def _project(name: str) -> Json:
+    return {"id": name, "name": name, "entityName": ENTITY, "createdAt": now(), "user": None}

@@ -33,6 +33,11 @@ from stillhouse.tracking.page.page import REPORT, page
 from stillhouse.tracking.page.records import make_report
 from stillhouse.tracking.report import format_number
 from stillhouse.tracking.tradeoff import TradeOff, choose_quality, trade_off
+from stillhouse.tracking.wandb_report import (
+    check_report,
+    make_wandb_report,
+    save_wandb_report,
+)
 from stillhouse.tracking.wandb_source import SCHEME, read_sources
 
 CURVE = "val_nll"
@@ -63,6 +68,8 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
     if OmegaConf.is_missing(config, "runs") or not config.runs:
         raise UserError("runs: name the runs to compare, such as 'runs=[outputs/word_kd/*]'")
     entries = _entries(config.runs)
+    if config.publish:
+        check_report()
     folders = find_folders([e for e in entries if not e.startswith(SCHEME)])
     runs, warnings = read_runs(folders)
     further, more = read_sources([e for e in entries if e.startswith(SCHEME)])
@@ -108,6 +115,9 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
         to=to,
     )
 
+    tables = markdown(first_line, sheets, warnings, [])
+    online = make_wandb_report(report, tables) if config.publish else None
+
     def write(target: Path) -> None:
         write_csv([*cells, *gaps], target / "compare.csv")
         draw(groups, chart, target / _picture(config.x, config.y))
@@ -119,6 +129,8 @@ def compare_runs(config: DictConfig, folder: Path) -> None:
     names = publish(write, to)
     console.print(Text(f"{to}: {', '.join(names)}"))
     console.print(Text(f"open {to / REPORT} in a browser: all of it on one page"))
+    if online is not None:
+        console.print(Text(f"published at W&B: {save_wandb_report(online)}"))
 
 
 def _entries(runs: Any) -> list[str]:
