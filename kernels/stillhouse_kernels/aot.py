@@ -151,7 +151,7 @@ def _check(chips: Sequence[int], ops: Sequence[str], jobs: int | None) -> None:
         )
     if not triton_installed():
         raise ValueError(
-            "triton is not installed, and it is what compiles; pip install 'stillhouse[kernels]'"
+            "triton is not installed, and it is what compiles; pip install -e '.[kernels]'"
         )
     for chip in chips:
         if chip not in SHARED_MEMORY_LIMITS:

@@ -51,7 +51,7 @@ def choose_backend(backend: str, device: torch.device, *, triton_refuses: str | 
         return backend
     if not triton_installed():
         raise BackendError(
-            "backend='triton': triton is not installed; pip install 'stillhouse[kernels]', or "
+            "backend='triton': triton is not installed; pip install -e '.[kernels]', or "
             "leave backend='auto'"
         )
     if triton_refuses is not None:

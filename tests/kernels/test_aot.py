@@ -318,8 +318,7 @@ def test_a_machine_without_triton(
     assert aot.main([]) == 2
     assert capsys.readouterr() == (
         "",
-        "error: triton is not installed, and it is what compiles; "
-        "pip install 'stillhouse[kernels]'\n",
+        "error: triton is not installed, and it is what compiles; pip install -e '.[kernels]'\n",
     )
 
 

@@ -89,7 +89,7 @@ def test_the_named_kernel_without_triton(
     with pytest.raises(BackendError) as e:
         choose_backend("triton", device)
     assert str(e.value) == (
-        "backend='triton': triton is not installed; pip install 'stillhouse[kernels]', or leave "
+        "backend='triton': triton is not installed; pip install -e '.[kernels]', or leave "
         "backend='auto'"
     )
 

@@ -269,7 +269,7 @@ def test_packages_that_are_missing_are_named(package, tmp_path, monkeypatch) -> 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert refusal(package, tmp_path / "output") == (
         "stages.convert: reading a GGUF file needs the package gguf and accelerate; install with: "
-        "pip install 'stillhouse[gguf]'"
+        "pip install -e '.[gguf]'"
     )
 
 

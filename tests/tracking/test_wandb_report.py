@@ -161,7 +161,7 @@ def test_what_the_server_refuses_to_save_is_told(
         (
             "package",
             "a report at W&B needs the package wandb-workspaces; install it with: pip install "
-            "'stillhouse[report]'",
+            "-e '.[report]'",
         ),
         ("key", "there is no W&B API key; log in with `wandb login`, or set WANDB_API_KEY"),
         (

@@ -10,9 +10,9 @@ from stillhouse.config.arguments import groups, option, overrides_of
 from stillhouse.errors import UserError, did_you_mean
 
 # Option of `hydra/launcher` -> how to install what brings it.
-SUBMITIT = "pip install 'stillhouse[slurm]'"
+SUBMITIT = "pip install -e '.[slurm]'"
 LAUNCHERS = {
-    "joblib": "pip install 'stillhouse[sweeps]'",
+    "joblib": "pip install -e '.[sweeps]'",
     "submitit_local": SUBMITIT,
     "submitit_slurm": SUBMITIT,
     # Its pin of cloudpickle does not fit joblib; Ray brings a copy of its own.

@@ -101,7 +101,7 @@ class ConvertGguf:
         if missing:
             raise UserError(
                 f"{key}: reading a GGUF file needs the package {' and '.join(missing)}; install "
-                "with: pip install 'stillhouse[gguf]'"
+                "with: pip install -e '.[gguf]'"
             )
         folder = Path(self.package_path)
         if not (folder / self.file).is_file():

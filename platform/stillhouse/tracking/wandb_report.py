@@ -44,7 +44,7 @@ def check_report() -> None:
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError(
             f"{ASKED}: a report at W&B needs the package wandb-workspaces; install it with: "
-            "pip install 'stillhouse[report]'"
+            "pip install -e '.[report]'"
         )
     open_api(ASKED)
 

@@ -159,5 +159,5 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert str(caught.value) == (
         "data.corpus.exercises.validation_path=v.jsonl, line 1: 'expected' is checked with the "
         "package math-verify, which is not installed; install it with: pip install "
-        "'stillhouse[tasks]'"
+        "-e '.[tasks]'"
     )

@@ -191,5 +191,5 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         made()
     assert str(caught.value) == (
         "data=reasoning_gym needs the package reasoning-gym, which is not installed; install it "
-        "with: pip install 'stillhouse[tasks]'"
+        "with: pip install -e '.[tasks]'"
     )

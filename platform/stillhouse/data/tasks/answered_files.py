@@ -115,7 +115,7 @@ def parsed(expected: str, name: str, place: str, *, open_ended: str) -> list[Any
     except ModuleNotFoundError as error:
         raise UserError(
             f"{place}: {name} is checked with the package math-verify, which is not installed; "
-            "install it with: pip install 'stillhouse[tasks]'"
+            "install it with: pip install -e '.[tasks]'"
         ) from error
     # Of 42 dollars the unit is a word, and no product of seven letters.
     gold = (parse(expected) if WORD.search(expected) else []) or parse(_as_latex(expected))

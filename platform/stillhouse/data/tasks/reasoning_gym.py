@@ -91,7 +91,7 @@ def _dataset(name: str, settings: Mapping[str, Any], *, size: int, seed: int) ->
     except ModuleNotFoundError as error:
         raise UserError(
             "data=reasoning_gym needs the package reasoning-gym, which is not installed; install "
-            "it with: pip install 'stillhouse[tasks]'"
+            "it with: pip install -e '.[tasks]'"
         ) from error
     if name not in DATASETS:
         raise UserError(
