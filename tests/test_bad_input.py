@@ -296,19 +296,6 @@ def test_a_nan_loss_stops_with_step_and_batch_and_keeps_the_last_good_checkpoint
     assert "train_loss" in (folder / "metrics.csv").read_text(), "the curve up to the fault is kept"
 
 
-@pytest.mark.parametrize("place", ["trainer", "stages.teacher.trainer"])
-def test_a_sweep_over_several_devices_is_refused(capfd, here: Path, place: str) -> None:
-    done = run_here(capfd, *TINY, "-m", "seed=0,1", f"{place}.devices=2", "hydra.sweep.dir=sweep")
-    assert done == Finished(
-        2,
-        "",
-        f"error: {place}.devices=2 with -m: every device would start the whole sweep again; give "
-        "each job a process of its own with a launcher (hydra/launcher=…), or loop over single "
-        "runs in the shell\n",
-    )
-    assert not list(here.iterdir())
-
-
 def test_a_sweeper_that_searches_is_refused(capfd, here: Path) -> None:
     done = run_here(capfd, *TINY, "-m", "hydra/sweeper=optuna", "method.temperature=interval(1,2)")
     assert done == Finished(

@@ -48,6 +48,22 @@ def stages_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())["stages"]
 
 
+@pytest.mark.slow
+def test_a_sweep_starts_its_ranks_for_each_job_anew(tmp_path: Path) -> None:
+    """The jobs share a process; the last is the run that it would be alone."""
+    arguments = (*TINY, "experiment=sft", "trainer=ddp")
+    sweep = (*arguments, "-m", "seed=0,1", "hydra.sweep.dir=sweep")
+    done = run_process(*sweep, folder=tmp_path, cache=tmp_path / "cache")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    done = run_process(*arguments, "seed=1", folder=tmp_path, cache=tmp_path / "cache")
+    assert done.code == 0, done.err
+    alone = only_run(tmp_path / "outputs")
+    students = [tmp_path / "sweep" / "0", tmp_path / "sweep" / "1", alone]
+    first, last, same = [(f / "student" / "model.safetensors").read_bytes() for f in students]
+    assert last == same != first
+
+
 def test_two_processes_are_one_on_the_whole_batch(tmp_path: Path) -> None:
     one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
     one.mkdir()

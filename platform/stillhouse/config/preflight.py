@@ -24,8 +24,6 @@ from stillhouse.stages.workspace import register_resolvers
 UNCOMPOSED = (HydraException, OmegaConfBaseException, UserError)
 # Overrides that speak of one command and not of the run.
 FOR_ONE_COMMAND = ("resume=", "plan=", "stop_after=", "force=")
-# Hydra's launcher that runs the jobs of a sweep one by one in this process, and its sweeper.
-BASIC = "basic"
 
 
 def prepare(argv: list[str], conf: Path) -> list[str]:
@@ -54,8 +52,6 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
         argv = [*argv, "hydra.output_subdir=null", *([] if resumed else ["hydra.run.dir=."])]
     if {"-m", "--multirun"} & set(options):
         _refuse_searches(values)
-        if values.get("hydra/launcher", BASIC) == BASIC:
-            _refuse_devices_of_a_sweep(overrides, conf)
     if any(o.startswith(("stages.", "+stages.")) for o in overrides):
         _refuse_interpolated_keys(overrides, conf)
     return argv
@@ -112,24 +108,14 @@ def shown_config(argv: list[str], conf: Path) -> str:
     return OmegaConf.to_yaml(config, resolve="--resolve" in argv)
 
 
-def check_devices(config: DictConfig, *, one_process: bool) -> None:
+def check_devices(config: DictConfig) -> None:
     """Refuse devices, nodes and strategies that a stage cannot start its ranks on.
-
-    Args:
-        config: a composed recipe.
-        one_process: whether all jobs of a sweep run in this process.
 
     Raises:
         UserError: with the way out.
     """
     for place, trainer, count in _trainers(config):
         where = f"{place}.devices={trainer.devices}"
-        if one_process and not (count == 1 and trainer.num_nodes == 1):
-            raise UserError(
-                f"{where} with -m: every device would start the whole sweep again; give each job a "
-                "process of its own with a launcher (hydra/launcher=…), or loop over single runs "
-                "in the shell"
-            )
         if count == 0 or (isinstance(count, int) and count < -1):
             raise UserError(
                 f"{where}: expected how many (1 or more), a list of which, or -1 for all that "
@@ -161,19 +147,10 @@ def _trainers(config: DictConfig) -> Iterator[tuple[str, DictConfig, int | str]]
             yield place, trainer, len(devices) if isinstance(devices, ListConfig) else devices
 
 
-def _refuse_devices_of_a_sweep(overrides: list[str], conf: Path) -> None:
-    """Refuse a sweep over several devices before Hydra has made its folder."""
-    try:
-        config = compose_job([o for o in overrides if not _is_sweep(o)], conf)
-    except UNCOMPOSED:  # Hydra composes the same again and its error is told from there
-        return
-    check_devices(config, one_process=True)
-
-
 def _refuse_searches(values: dict[str, str]) -> None:
     """Refuse a sweeper that searches: the jobs of a sweep hand Hydra no number to search by."""
-    sweeper = values.get("hydra/sweeper", BASIC)
-    if sweeper != BASIC:
+    sweeper = values.get("hydra/sweeper", "basic")
+    if sweeper != "basic":
         raise UserError(
             f"hydra/sweeper={sweeper}: a sweeper that searches gets no number from the jobs; "
             "search with W&B (wandb sweep conf/wandb_sweep/<name>.yaml), or list the values: "

@@ -30,13 +30,7 @@ from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.stages.workspace import Workspace
 from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.report import print_outcome
-from stillhouse.tracking.runs import (
-    RunRecord,
-    describe_run,
-    is_one_of_a_process,
-    is_sweep,
-    read_results,
-)
+from stillhouse.tracking.runs import RunRecord, describe_run, is_sweep, read_results
 from stillhouse.tracking.tracker import Tracking
 
 # Files of an artifact that are not part of a product.
@@ -68,7 +62,7 @@ def run_recipe(config: DictConfig, folder: Path) -> None:
     overlay.apply(config)
     workspace = Workspace(run=folder, cache=Path(config.paths.cache).expanduser(), config=config)
     _check_names(workspace)
-    preflight.check_devices(config, one_process=is_one_of_a_process())
+    preflight.check_devices(config)
     signatures.check(config, workspace.stages)
     _check_references(workspace)
     plan = make_plan(workspace)

@@ -20,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from stillhouse.config.essence import config_hash
-from stillhouse.config.preflight import BASIC
 from stillhouse.files import CONFIG, RESULTS, SERIES, write_json
 from stillhouse.tracking.lineage import StageArtifact
 from stillhouse.tracking.series import append_rows, read_series
@@ -63,11 +62,6 @@ class RunInfo:
 def is_sweep() -> bool:
     """Whether the running job is one of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def is_one_of_a_process() -> bool:
-    """Whether the running job is one of a sweep whose jobs share a process, one after the other."""
-    return is_sweep() and HydraConfig.get().runtime.choices["hydra/launcher"] == BASIC
 
 
 def describe_run(
