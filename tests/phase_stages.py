@@ -126,6 +126,27 @@ class Watch(pl.Callback):
             self.seen.append(parts_of(pl_module))
 
 
+def trained_by_ranks(
+    stage: Any, context: StageContext, module: TimestepDistiller, watch: Watch, max_steps: int
+) -> StageResult:
+    """Train a stage's module on batches of eight points by its ranks, and leave what each saw."""
+    trainer = bare_trainer(
+        context.scratch,
+        devices=stage.devices,
+        strategy=strategy_of(stage.devices, stage.sharing, ddp="ddp_find_unused_parameters_true"),
+        max_steps=max_steps,
+        limit_val_batches=0,
+        gradient_clip_val=0.1,
+        use_distributed_sampler=False,
+        plugins=LightningEnvironment(),
+        callbacks=[watch],
+    )
+    with ranks.joined(stage, context, trainer):
+        trainer.fit(module, datamodule=data_of(POINTS, batch_size=8 // stage.devices))
+    torch.save(watch.seen, context.output / f"seen_{trainer.global_rank}.pt")
+    return StageResult(metrics=module.summary())
+
+
 @dataclass(frozen=True, kw_only=True)
 class TwoCycles:
     """`CYCLES` on batches of eight points, by ranks that share them.
@@ -144,18 +165,4 @@ class TwoCycles:
         losses["judge"] = without_the_student
         module = taking_turns_by(losses, optimizer=descent)
         watch = Watch(last=self.sharing is not Sharing.NOTHING)
-        trainer = bare_trainer(
-            context.scratch,
-            devices=self.devices,
-            strategy=strategy_of(self.devices, self.sharing, ddp="ddp_find_unused_parameters_true"),
-            max_steps=len(CYCLES),
-            limit_val_batches=0,
-            gradient_clip_val=0.1,
-            use_distributed_sampler=False,
-            plugins=LightningEnvironment(),
-            callbacks=[watch],
-        )
-        with ranks.joined(self, context, trainer):
-            trainer.fit(module, datamodule=data_of(POINTS, batch_size=8 // self.devices))
-        torch.save(watch.seen, context.output / f"seen_{trainer.global_rank}.pt")
-        return StageResult(metrics=module.summary())
+        return trained_by_ranks(self, context, module, watch, len(CYCLES))

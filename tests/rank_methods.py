@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 from commands import ROOT
-from generators import POINTS, data_of
 from hydra.utils import instantiate
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import OmegaConf
-from phase_stages import HEADS, Watch, descent, taking_turns_by
-from sharded_trainers import Sharing, strategy_of
+from phase_stages import HEADS, Watch, descent, taking_turns_by, trained_by_ranks
+from sharded_trainers import Sharing
 from torch import Generator
-from training import bare_trainer
 
 from stillhouse.config import preflight
 from stillhouse.families.timestep.module import TimestepDistiller
@@ -23,12 +20,11 @@ from stillhouse.families.timestep.turns import Turn
 from stillhouse.records.diffusion import ImageBatch
 from stillhouse.records.losses import LossTerms
 from stillhouse.schema import register_schemas
-from stillhouse.stages import ranks
 from stillhouse.stages.stage import StageContext, StageResult
 from stillhouse.stages.workspace import register_resolvers
 from stillhouse.teachers.fake_scores import full_copy
 
-# Of a rank.
+# What a rank has of a batch of eight points.
 SIZE = 4
 
 
@@ -76,22 +72,9 @@ class SomeUpdates:
 
     def __call__(self, context: StageContext) -> StageResult:
         """Train; leave what every rank had before and behind."""
-        module, watch = self._module(), Watch(last=True)
-        trainer = bare_trainer(
-            context.scratch,
-            devices=self.devices,
-            strategy=strategy_of(self.devices, self.sharing, ddp="ddp_find_unused_parameters_true"),
-            max_steps=2 * module.steps_a_cycle,
-            limit_val_batches=0,
-            gradient_clip_val=0.1,
-            use_distributed_sampler=False,
-            plugins=LightningEnvironment(),
-            callbacks=[watch],
-        )
-        with ranks.joined(self, context, trainer):
-            trainer.fit(module, datamodule=data_of(POINTS, batch_size=2 * SIZE // self.devices))
-        torch.save(watch.seen, context.output / f"seen_{trainer.global_rank}.pt")
-        return StageResult(metrics=module.summary())
+        module = self._module()
+        steps = 2 * module.steps_a_cycle
+        return trained_by_ranks(self, context, module, Watch(last=True), steps)
 
     def _module(self) -> TimestepDistiller:
         method = method_of(self.recipe)
