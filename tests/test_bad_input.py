@@ -308,7 +308,9 @@ def test_a_sweeper_that_searches_is_refused(capfd, here: Path) -> None:
     assert not list(here.iterdir())
 
 
-@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+@pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_ray_launcher") is not None, reason="the launcher is installed"
+)
 @pytest.mark.parametrize("launcher", ["ray", "ray_tasks"])
 def test_a_launcher_whose_package_is_not_installed(capfd, here: Path, launcher: str) -> None:
     done = run_here(capfd, *TINY, "-m", f"hydra/launcher={launcher}", "seed=0,1")
